@@ -1,0 +1,37 @@
+"""Meta-learned per-sample, per-exit loss weights for any PyTorch model and optimizer."""
+
+from reweight.batches import swap_halves
+from reweight.budget import (
+    BudgetPoint,
+    anytime_accuracy,
+    budgeted_curve,
+    choose_exits,
+    exit_costs,
+    exit_shares,
+    find_thresholds,
+)
+from reweight.losses import ExitLosses, exit_cross_entropy
+from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
+from reweight.reweighter import SampleReweighter
+from reweight.step import MetaReweightStep, StepResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetPoint",
+    "BudgetedObjective",
+    "ExitLosses",
+    "MeanObjective",
+    "MetaLoss",
+    "MetaReweightStep",
+    "SampleReweighter",
+    "StepResult",
+    "anytime_accuracy",
+    "budgeted_curve",
+    "choose_exits",
+    "exit_costs",
+    "exit_cross_entropy",
+    "exit_shares",
+    "find_thresholds",
+    "swap_halves",
+]

@@ -1,0 +1,91 @@
+"""Batches: pairs of inputs and target, and a train and a meta batch made of one."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Batch: TypeAlias = tuple[Any, Any]
+"""Inputs and target; the inputs are a tensor, a tuple of arguments or a dict of named ones."""
+
+
+def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
+    """Train on one half of each batch with the other as meta batch, then the other way round.
+
+    Two steps come of each batch, as in Han, Pu et al. (ECCV 2022); the first half of an odd batch
+    is the larger. A batch of one sample has no halves and is left out with a warning.
+
+    Args:
+        loader: yields (inputs, target); every tensor in them has the samples first.
+
+    Yields:
+        (train, meta), each (inputs, target).
+
+    Raises:
+        ValueError: the tensors of a batch have different numbers of samples.
+
+    Example:
+        >>> import torch
+        >>> for train, meta in swap_halves([(torch.arange(4.0), torch.tensor([0, 1, 0, 1]))]):
+        ...     print(train[0].tolist(), meta[0].tolist())
+        [0.0, 1.0] [2.0, 3.0]
+        [2.0, 3.0] [0.0, 1.0]
+    """
+    for batch in loader:
+        inputs, target = unpack(batch, "the batch of `loader`")
+        sizes = {len(tensor) for tensor in _tensors((inputs, target))}
+        if len(sizes) != 1:
+            raise ValueError(
+                "The tensors of a batch must have the same number of samples, got "
+                f"{', '.join(map(str, sorted(sizes))) or 'no tensor'}."
+            )
+        size = sizes.pop()
+        if size < 2:
+            warnings.warn(
+                f"Left out a batch of {size}, which cannot be halved; drop_last=True in the loader "
+                "avoids it.",
+                stacklevel=2,
+            )
+            continue
+        middle = (size + 1) // 2
+        first = (_rows(inputs, slice(middle)), _rows(target, slice(middle)))
+        second = (_rows(inputs, slice(middle, None)), _rows(target, slice(middle, None)))
+        yield first, second
+        yield second, first
+
+
+def unpack(batch: Any, name: str) -> Batch:
+    """The inputs and the target of a batch, or an error that names it.
+
+    Raises:
+        TypeError: the batch is not a pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = f"{len(batch)} values" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(
+            f"{name} must be a pair (inputs, target), got {got}. Several inputs go into a "
+            "tuple or a dict: ((first, second), target)."
+        )
+    return batch[0], batch[1]
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Mapping):
+        for value in nested.values():
+            yield from _tensors(value)
+    elif isinstance(nested, tuple | list):
+        for value in nested:
+            yield from _tensors(value)
+
+
+def _rows(nested: Any, rows: slice) -> Any:
+    if isinstance(nested, Tensor):
+        return nested[rows]
+    if isinstance(nested, Mapping):
+        return {key: _rows(value, rows) for key, value in nested.items()}
+    if isinstance(nested, tuple | list):
+        return type(nested)(_rows(value, rows) for value in nested)
+    return nested

@@ -1,0 +1,323 @@
+"""The inference side: which exit answers which sample, how accurately, and at what cost.
+
+A sample leaves at the first exit whose confidence reaches that exit's threshold. Thresholds come
+from a held-out split: exit k is given a share q_k of the samples (Huang et al., ICLR 2018).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from reweight.losses import ExitLosses
+
+
+def exit_shares(num_exits: int, power: float) -> Tensor:
+    """The share q_k of the samples that each exit is to answer: q_k ∝ p^k, k = 1..K.
+
+    Args:
+        num_exits: K, at least 1.
+        power: p > 0. Below 1 early exits answer more, at 1 all the same, above 1 late exits more.
+
+    Returns:
+        Shape [K], float64, adding up to 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> exit_shares(3, 0.5)
+        tensor([0.5714, 0.2857, 0.1429], dtype=torch.float64)
+    """
+    if num_exits < 1:
+        raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
+    if not 0 < power < float("inf"):
+        raise ValueError(f"`power` must be positive and finite, got {power}.")
+    exponents = torch.arange(num_exits, dtype=torch.float64)
+    # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
+    powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))
+    return powers / powers.sum()
+
+
+def quotas(shares: Tensor, num_samples: Tensor | int) -> Tensor:
+    """``floor(n·q_k)``, a product that is a whole number but for rounding counting as one."""
+    return (shares * num_samples + 1e-9).floor()
+
+
+def allot(confidence: Tensor, shares: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Allot each sample to one exit: exit k takes the most confident samples among those left.
+
+    Exit 1 takes its floor(n·q_1) most confident samples, exit 2 its floor(n·q_2) most confident of
+    the rest, and so on; the last exit takes what remains. Of equally confident samples the earlier
+    in the batch goes first, so that saturated confidences starve no exit.
+
+    Args:
+        confidence: shape [B, K].
+        shares: q_k, shape [K], adding up to 1.
+        valid: the samples to allot, shape [B], bool; None for all. n counts these.
+
+    Returns:
+        Shape [B, K], bool: one True a row, none for a sample that is not valid.
+    """
+    num_samples, num_exits = confidence.shape
+    free = confidence.new_ones(num_samples, dtype=torch.bool) if valid is None else valid
+    quota = quotas(shares.to(confidence.device), free.sum())
+    rank = torch.arange(num_samples, device=confidence.device)
+    members = []
+    for k in range(num_exits - 1):
+        left = confidence[:, k].masked_fill(~free, -torch.inf)
+        order = left.argsort(descending=True, stable=True)
+        taken = torch.empty_like(free).scatter_(0, order, rank < quota[k]) & free
+        members.append(taken)
+        free = free & ~taken
+    return torch.stack([*members, free], 1)
+
+
+def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
+    """The confidence each exit asks for, so that it answers its share of a held-out split.
+
+    The threshold of exit k is the confidence of the floor(n·q_k)-th most confident sample among
+    those that no earlier exit took; the last exit takes all. A threshold cannot split equally
+    confident samples. Where a tie makes an exit take more than its share, the later ones divide
+    what is left in proportion to theirs; where it would leave them nothing, the exit stops short
+    of the tie if that is nearer to its share. Confidences computed from float64 logits tie rarely.
+
+    Args:
+        confidence: shape [N, K], of samples the model was not trained on.
+        shares: q_k, shape [K], as of :func:`exit_shares`.
+
+    Returns:
+        Shape [K], the dtype of the confidences; +inf for an exit that is to take none, -inf last.
+
+    Raises:
+        ValueError: there are no samples, or the numbers of exits differ.
+
+    Example:
+        >>> confidence = torch.tensor([[0.9, 0.9], [0.8, 0.5], [0.7, 0.6], [0.6, 0.9]])
+        >>> find_thresholds(confidence, exit_shares(2, 1.0))
+        tensor([0.8000,   -inf])
+    """
+    num_samples, num_exits = _check_matrix(confidence, "confidence")
+    if shares.shape != (num_exits,):
+        raise ValueError(f"`shares` must have shape [{num_exits}], got {list(shares.shape)}.")
+    planned = quotas(shares, num_samples)
+    thresholds = confidence.new_full((num_exits,), -torch.inf)
+    left = confidence
+    for k in range(num_exits - 1):
+        fair = quotas(shares[k] / shares[k:].sum(), len(left))
+        quota = int(torch.minimum(planned[k], fair))
+        if quota == 0:
+            thresholds[k] = torch.inf
+            continue
+        ranked = left[:, k].sort(descending=True).values
+        threshold = ranked[quota - 1]
+        num_above, num_reached = int((ranked > threshold).sum()), int((ranked >= threshold).sum())
+        if num_reached == len(left) and quota - num_above <= num_reached - quota:
+            threshold = ranked[num_above - 1] if num_above else ranked.new_tensor(torch.inf)
+        thresholds[k] = threshold
+        left = left[left[:, k] < threshold]
+    return thresholds
+
+
+def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """The first exit whose confidence reaches its threshold, counted from 0; the last takes all.
+
+    Args:
+        confidence: shape [N, K].
+        thresholds: shape [K]; the last is not looked at.
+
+    Returns:
+        Shape [N], int64.
+    """
+    reached = confidence >= thresholds.to(confidence)
+    reached[:, -1] = True
+    return reached.int().argmax(1)
+
+
+def anytime_accuracy(correct: Tensor) -> Tensor:
+    """The accuracy of every exit on all samples: [N, K] bool → [K] float64."""
+    _check_matrix(correct, "correct")
+    return correct.double().mean(0)
+
+
+class BudgetPoint(NamedTuple):
+    """One point of a budgeted curve.
+
+    Attributes:
+        power: p of the shares q_k ∝ p^k that the thresholds were found for.
+        thresholds: the confidence each exit asks for, shape [K].
+        accuracy: share of the test samples answered correctly.
+        cost: mean cost of an answer, in the unit of the costs given.
+        shares: share of the test samples that each exit answered, shape [K].
+    """
+
+    power: float
+    thresholds: Tensor
+    accuracy: float
+    cost: float
+    shares: Tensor
+
+
+POWERS: tuple[float, ...] = tuple(i / 20 for i in range(1, 40))
+"""The sweep of Huang et al. (ICLR 2018): p = 1/20 … 39/20."""
+
+
+def budgeted_curve(
+    calibration: ExitLosses,
+    test: ExitLosses,
+    costs: Sequence[float],
+    powers: Sequence[float] = POWERS,
+) -> list[BudgetPoint]:
+    """Accuracy against mean cost, with thresholds from one split and the accuracy from another.
+
+    Args:
+        calibration: the held-out split; its confidences [N, K] give the thresholds.
+        test: confidences and correctness [N', K] of the test split.
+        costs: cost of an answer at each exit, everything before it included, length K.
+        powers: the sweep over p of q_k ∝ p^k.
+
+    Returns:
+        One :class:`BudgetPoint` for each p, in the order given.
+
+    Raises:
+        ValueError: confidences or correctness are missing, or the numbers of exits differ.
+    """
+    if calibration.confidence is None or test.confidence is None or test.correct is None:
+        raise ValueError(
+            "`calibration` needs confidences, and `test` confidences and correctness, got None. "
+            "exit_cross_entropy gives them all."
+        )
+    num_exits = test.confidence.shape[1]
+    if not len(costs) == num_exits == calibration.confidence.shape[1]:
+        raise ValueError(
+            f"`costs`, `calibration` and `test` must have the same number of exits, got "
+            f"{len(costs)}, {calibration.confidence.shape[1]} and {num_exits}."
+        )
+    cost = torch.tensor(costs, dtype=torch.float64, device=test.confidence.device)
+    points = []
+    for power in powers:
+        thresholds = find_thresholds(calibration.confidence, exit_shares(num_exits, power))
+        exits = choose_exits(test.confidence, thresholds)
+        correct = test.correct.gather(1, exits.unsqueeze(1))
+        shares = exits.bincount(minlength=num_exits).double() / len(exits)
+        points.append(
+            BudgetPoint(
+                power, thresholds, correct.double().mean().item(), cost[exits].mean().item(), shares
+            )
+        )
+    return points
+
+
+def exit_costs(
+    model: nn.Module,
+    inputs: Any,
+    exits: Callable[[Any], Sequence[Tensor]] | None = None,
+    *,
+    in_order: bool = False,
+    custom_mapping: dict[Any, Any] | None = None,
+) -> list[int]:
+    """Multiply-adds of an answer at each exit, all earlier exits included.
+
+    Convolutions, products of matrices and attention count, as in ``torch.utils.flop_counter``,
+    which reports two operations for each multiply-add; everything else costs nothing.
+
+    Args:
+        model: called once as ``model(inputs)``, in evaluation mode, without gradients.
+        inputs: a batch; the cost is that of the whole of it, so pass one sample.
+        exits: takes the list of K logits out of what the model returns; None if it is that list.
+        in_order: False counts the operations that the logits of the first k exits depend on. True
+            counts everything that ran before the logits of exit k were there, the convention of the
+            published MSDNet and RANet figures; the model must then compute its exits one by one.
+        custom_mapping: formulas for further operations, handed to ``FlopCounterMode``.
+
+    Returns:
+        K numbers that do not decrease.
+
+    Raises:
+        TypeError: the model does not return a list or tuple of tensors, and no ``exits`` is given.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        ...         self.body, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        ...     def forward(self, x):
+        ...         early = self.stem(x).relu()
+        ...         late = self.body(early).relu()
+        ...         return [self.head(early), self.last(late)]
+        >>> exit_costs(Net(), torch.zeros(1, 4))
+        [48, 128]
+    """
+    training = [module for module in model.modules() if module.training]
+    counter = FlopCounterMode(display=False, custom_mapping=custom_mapping)
+    recorder = _DependencyRecorder(counter)
+    model.eval()
+    try:
+        with torch.no_grad(), counter, recorder:
+            outputs = model(inputs)
+            logits = outputs if exits is None else exits(outputs)
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(logits, list | tuple) or not all(isinstance(z, Tensor) for z in logits):
+        raise TypeError(
+            f"`model` must return a list or tuple of tensors, one for each exit, got "
+            f"{type(logits).__name__}. Pass `exits=`, a function that takes them out."
+        )
+    needed, costs = 0, []
+    for exit_logits in logits:
+        needed |= recorder.needed_by(exit_logits)
+        executed = (1 << needed.bit_length()) - 1
+        costs.append(recorder.flops(executed if in_order else needed) // 2)
+    return costs
+
+
+class _DependencyRecorder(TorchDispatchMode):
+    """Writes down what every operation cost and which earlier ones its result rests on.
+
+    A set of operations is an integer, operation i being bit i. Sets are kept by storage, so that
+    views and in-place operations are seen through.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counter = counter
+        self._costs: list[int] = []
+        self._needed: dict[int, int] = {}
+        self._alive: list[Any] = []  # so that no storage's address is used again
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self._counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        needed = 1 << len(self._costs)
+        self._costs.append(self._counter.get_total_flops() - before)
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                needed |= self.needed_by(tensor)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._needed[tensor.untyped_storage()._cdata] = needed
+                self._alive.append(tensor)
+        return result
+
+    def needed_by(self, tensor: Tensor) -> int:
+        return self._needed.get(tensor.untyped_storage()._cdata, 0)
+
+    def flops(self, operations: int) -> int:
+        return sum(cost for i, cost in enumerate(self._costs) if operations >> i & 1)
+
+
+def _check_matrix(matrix: Tensor, name: str) -> tuple[int, int]:
+    if matrix.dim() != 2 or len(matrix) == 0:
+        raise ValueError(
+            f"`{name}` must have shape [samples, exits] and hold a sample, got "
+            f"{list(matrix.shape)}."
+        )
+    return matrix.shape[0], matrix.shape[1]

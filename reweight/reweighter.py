@@ -1,0 +1,146 @@
+"""The weight prediction network g: what a sample's K losses say about its K weights."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from reweight.losses import ExitLosses
+
+
+class SampleReweighter(nn.Module):
+    """Predicts the weights w = g(l) of every sample at every exit from its own losses.
+
+    ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of two forms makes weights of
+    its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
+
+        tanh      w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
+        sigmoid   w = sigmoid(raw) / mean(sigmoid(raw))
+
+    The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
+    1, and above a strength of 0.5 some can be negative (down to −0.28 at K = 5 and 0.8). The second
+    is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0,
+    which is what noisy labels need.
+
+    Args:
+        num_exits: K.
+        form: "tanh" (default for K > 1) or "sigmoid" (default for K = 1).
+        average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
+            each exit over the "samples" of the batch (default for sigmoid), or over "both".
+        strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
+            for CIFAR (0.3 for ImageNet, with the mean over both).
+        inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
+        num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
+
+    Raises:
+        ValueError: an argument is out of range, or K = 1 with the mean over the exits, which would
+            make every weight 1.
+
+    Example:
+        >>> reweighter = SampleReweighter(num_exits=3)
+        >>> weights = reweighter(torch.rand(8, 3))
+        >>> weights.shape
+        torch.Size([8, 3])
+        >>> torch.allclose(weights.mean(1), torch.ones(8))
+        True
+    """
+
+    def __init__(
+        self,
+        num_exits: int,
+        *,
+        form: Literal["tanh", "sigmoid"] | None = None,
+        average_over: Literal["exits", "samples", "both"] | None = None,
+        strength: float = 0.8,
+        inputs: Literal["losses", "confidences", "both"] = "losses",
+        num_hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_exits < 1:
+            raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
+        form = form or ("sigmoid" if num_exits == 1 else "tanh")
+        _check_choice("form", form, ("tanh", "sigmoid"))
+        average_over = average_over or ("exits" if form == "tanh" else "samples")
+        _check_choice("average_over", average_over, ("exits", "samples", "both"))
+        _check_choice("inputs", inputs, ("losses", "confidences", "both"))
+        if num_exits == 1 and average_over == "exits":
+            raise ValueError(
+                "`average_over` must be 'samples' for a single exit: the mean over the exits would "
+                "make every weight 1."
+            )
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"`strength` must be finite and at least 0, got {strength}.")
+        if num_hidden is None:
+            num_hidden = 500 if form == "tanh" else 100
+        if num_hidden < 1:
+            raise ValueError(f"`num_hidden` must be at least 1, got {num_hidden}.")
+        self.num_exits, self.form, self.average_over = num_exits, form, average_over
+        self.strength, self.inputs = strength, inputs
+        self.network = nn.Sequential(
+            nn.Linear(2 * num_exits if inputs == "both" else num_exits, num_hidden),
+            nn.ReLU(),
+            nn.Linear(num_hidden, num_exits),
+        )
+
+    def forward(self, losses: ExitLosses | Tensor) -> Tensor:
+        """Weights of every sample at every exit. No gradient flows back into the losses.
+
+        Args:
+            losses: what ``exit_cross_entropy`` returns, or the losses alone, shape [B, K].
+
+        Returns:
+            Shape [B, K], the dtype of the losses, differentiable in the parameters of this module.
+            Means over samples leave out those that are not valid.
+
+        Raises:
+            ValueError: another number of exits, or no confidences where the network wants them.
+        """
+        exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
+        raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses.dtype)
+        if self.form == "sigmoid":
+            positive = raw.sigmoid()
+            mean = self._mean(positive, exit_losses)
+            weights = positive / mean.clamp(min=torch.finfo(raw.dtype).tiny)
+        else:
+            bounded = raw.tanh()
+            weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
+        return weights
+
+    def _features(self, exit_losses: ExitLosses) -> Tensor:
+        losses, confidence = exit_losses.losses, exit_losses.confidence
+        if losses.dim() != 2 or losses.shape[1] != self.num_exits:
+            raise ValueError(
+                f"`losses` must have shape [samples, num_exits={self.num_exits}], got "
+                f"{list(losses.shape)}. Build SampleReweighter with as many exits as the model has."
+            )
+        parameter = next(self.network.parameters())
+        if self.inputs == "losses":
+            return losses.detach().to(parameter)
+        if confidence is None:
+            raise ValueError(
+                f"`losses` must carry confidences for inputs={self.inputs!r}, got None. Pass what "
+                "exit_cross_entropy returns."
+            )
+        if self.inputs == "confidences":
+            return confidence.to(parameter)
+        return torch.cat([losses.detach(), confidence], 1).to(parameter)
+
+    def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
+        """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
+        if self.average_over != "exits":
+            values = (exit_losses.sample_shares() * values).sum(0, keepdim=True)
+        if self.average_over != "samples":
+            values = values.mean(1, keepdim=True)
+        return values
+
+    def extra_repr(self) -> str:
+        """The choices made, for ``print(reweighter)``."""
+        return (
+            f"num_exits={self.num_exits}, form={self.form}, average_over={self.average_over}, "
+            f"strength={self.strength}, inputs={self.inputs}"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

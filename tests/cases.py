@@ -1,0 +1,161 @@
+"""The grid that the tests of the meta step run over: models × optimizers × numbers of exits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+NUM_CLASSES = 4
+Batch = tuple[Tensor, Tensor]
+
+
+class MultiExit(nn.Module):
+    """Blocks in a row, an exit after each of the last ``num_exits``."""
+
+    def __init__(self, blocks: list[nn.Module], exits: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks, self.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        ends = features[len(features) - len(self.exits) :]
+        return [exit(end) for exit, end in zip(self.exits, ends, strict=True)]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]
+
+
+class LastToken(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x[:, -1])
+
+
+def mlp(num_exits: int) -> MultiExit:
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    return MultiExit(blocks, [nn.Linear(6, NUM_CLASSES) for _ in range(num_exits)])
+
+
+def conv_batch_norm(num_exits: int) -> MultiExit:
+    def block(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def head() -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, NUM_CLASSES))
+
+    return MultiExit([block(2), block(4), block(4)], [head() for _ in range(num_exits)])
+
+
+def transformer_dropout(num_exits: int) -> MultiExit:
+    blocks = [nn.TransformerEncoderLayer(8, 2, 8, dropout=0.2, batch_first=True) for _ in range(3)]
+    return MultiExit(blocks, [LastToken(8) for _ in range(num_exits)])
+
+
+def recurrent(num_exits: int) -> MultiExit:
+    return MultiExit([Recurrent() for _ in range(3)], [LastToken(5) for _ in range(num_exits)])
+
+
+def tied(num_exits: int) -> MultiExit:
+    model = mlp(num_exits)
+    model.blocks[2][0].weight = model.blocks[1][0].weight
+    for exit in model.exits:
+        exit.weight = model.exits[0].weight
+    return model
+
+
+def frozen_trunk(num_exits: int) -> MultiExit:
+    model = mlp(num_exits)
+    model.blocks[:2].requires_grad_(False)
+    return model
+
+
+@dataclass(frozen=True)
+class Model:
+    build: Callable[[int], MultiExit]
+    input_shape: tuple[int, ...]
+
+
+MODELS = {
+    "mlp": Model(mlp, (6,)),
+    "conv_batch_norm": Model(conv_batch_norm, (2, 5, 5)),
+    "transformer_dropout": Model(transformer_dropout, (3, 8)),
+    "recurrent": Model(recurrent, (3, 5)),
+    "tied": Model(tied, (6,)),
+    "frozen_trunk": Model(frozen_trunk, (6,)),
+}
+
+
+def two_groups(model: nn.Module) -> list[dict[str, object]]:
+    """Weights decay, biases do not and learn faster: two groups with different settings."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "lr": 0.2},
+    ]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": lambda model: SGD(model.parameters(), lr=0.1),
+    "sgd_nesterov_two_groups": lambda model: SGD(
+        two_groups(model), lr=0.1, momentum=0.9, nesterov=True
+    ),
+    "adam": lambda model: Adam(model.parameters(), lr=0.01, weight_decay=0.01),
+    "adamw": lambda model: AdamW(two_groups(model), lr=0.01, weight_decay=0.1),
+}
+
+UPDATE_RULES: dict[str, Callable[[nn.Module], Optimizer]] = {
+    **OPTIMIZERS,
+    "sgd_momentum": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd_dampening": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.3),
+    "sgd_maximize": lambda model: SGD(
+        model.parameters(), lr=0.01, momentum=0.5, weight_decay=0.1, maximize=True
+    ),
+    "sgd_tensor_lr": lambda model: SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9),
+    "adam_eps_betas": lambda model: Adam(
+        model.parameters(), lr=0.01, betas=(0.8, 0.9), eps=1e-3, maximize=True
+    ),
+    "adamw_foreach": lambda model: AdamW(model.parameters(), lr=0.01, foreach=True),
+}
+
+
+def make_model(name: str, num_exits: int = 3, seed: int = 0) -> MultiExit:
+    torch.manual_seed(seed)
+    return MODELS[name].build(num_exits).double()
+
+
+def make_batch(name: str, num_samples: int = 7, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_samples, *MODELS[name].input_shape)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
+
+
+def warm_up(model: nn.Module, optimizer: Optimizer, batch: Batch, num_steps: int = 3) -> None:
+    """A few conventional steps, so that moments and buffers hold something."""
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        conventional_loss(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def conventional_loss(logits: list[Tensor], target: Tensor) -> Tensor:
+    """What training without weights minimises: Σ_k mean_i l[i,k]."""
+    return torch.stack([nn.functional.cross_entropy(z, target) for z in logits]).sum()
+
+
+EXITS = {"one_exit": 1, "three_exits": 3}

@@ -1,0 +1,110 @@
+"""Slow and obvious twins of what the package computes fast, sharing no code with it."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from cases import Batch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def allot_slowly(confidence: Tensor, shares: list[float], valid: list[bool]) -> list[int | None]:
+    """The exit of each sample: one exit after the other picks its most confident ones by hand."""
+    free = [i for i, counts in enumerate(valid) if counts]
+    num_valid, num_exits = len(free), confidence.shape[1]
+    exits: list[int | None] = [None] * len(valid)
+    for k in range(num_exits):
+        quota = len(free) if k == num_exits - 1 else math.floor(num_valid * shares[k] + 1e-9)
+        for _ in range(quota):
+            best = max(free, key=lambda i: (confidence[i, k].item(), -i))
+            exits[best] = k
+            free.remove(best)
+    return exits
+
+
+def thresholds_slowly(confidence: Tensor, shares: list[float]) -> list[float]:
+    """Every distinct confidence is tried as the threshold of every exit."""
+    num_samples, num_exits = confidence.shape
+    left = [row.tolist() for row in confidence]
+    thresholds = []
+    for k in range(num_exits - 1):
+        planned = math.floor(num_samples * shares[k] + 1e-9)
+        fair = math.floor(len(left) * shares[k] / sum(shares[k:]) + 1e-9)
+        quota = min(planned, fair)
+        values = sorted({row[k] for row in left}, reverse=True)
+        # Candidates that take at least the quota, the smallest such number first.
+        chosen = math.inf
+        if quota:
+            counts = {value: sum(row[k] >= value for row in left) for value in values}
+            chosen = next(value for value in values if counts[value] >= quota)
+            above = [value for value in values if value > chosen]
+            num_above = counts[above[-1]] if above else 0
+            if counts[chosen] == len(left) and quota - num_above <= counts[chosen] - quota:
+                chosen = above[-1] if above else math.inf
+        thresholds.append(chosen)
+        left = [row for row in left if row[k] < chosen]
+    return [*thresholds, -math.inf]
+
+
+def budgeted_loss_slowly(logits: list[Tensor], target: Tensor, power: float) -> Tensor:
+    """Σ_k mean over the samples allotted to exit k, sample by sample."""
+    num_exits, num_samples = len(logits), len(target)
+    shares = [power**k for k in range(num_exits)]
+    shares = [share / sum(shares) for share in shares]
+    confidence = torch.stack([z.softmax(1).max(1).values for z in logits], 1)
+    exits = allot_slowly(confidence, shares, [True] * num_samples)
+    total = logits[0].new_zeros(())
+    for k in range(num_exits):
+        members = [j for j in range(num_samples) if exits[j] == k]
+        if members:
+            losses = [F.cross_entropy(logits[k][j : j + 1], target[j : j + 1]) for j in members]
+            total = total + sum(losses) / len(members)
+    return total
+
+
+def meta_objective(
+    model: nn.Module,
+    optimizer: Optimizer,
+    reweighter: nn.Module,
+    train: Batch,
+    meta: Batch,
+    meta_loss: Callable[[list[Tensor], Tensor], Tensor],
+) -> float:
+    """L_meta after one real ``optimizer.step()`` on a copy: what the meta step descends on."""
+    model, optimizer = copy_together(model, optimizer)
+    random_state = torch.get_rng_state()
+    optimizer.zero_grad()
+    logits = model(train[0])
+    losses = torch.stack([F.cross_entropy(z, train[1], reduction="none") for z in logits], 1)
+    weights = reweighter(losses.detach()).detach()
+    (weights * losses).mean(0).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        value = meta_loss(model(meta[0]), meta[1]).item()
+    torch.set_rng_state(random_state)
+    return value
+
+
+def copy_together(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Copies of both, the optimizer's copy holding the parameters of the model's copy."""
+    return copy.deepcopy((model, optimizer))
+
+
+def numerical_gradient(function: Callable[[], float], parameters: list[Tensor]) -> Tensor:
+    """Central differences in every entry of the parameters, flattened and concatenated."""
+    step = 1e-4
+    slopes = []
+    for parameter in parameters:
+        flat = parameter.detach().view(-1)
+        for i in range(len(flat)):
+            original = flat[i].item()
+            values = []
+            for sign in (1, -1):
+                flat[i] = original + sign * step
+                values.append(function())
+            flat[i] = original
+            slopes.append((values[0] - values[1]) / (2 * step))
+    return torch.tensor(slopes, dtype=torch.float64)
