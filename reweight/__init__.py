@@ -6,14 +6,15 @@ from reweight.budget import (
     anytime_accuracy,
     budgeted_curve,
     choose_exits,
-    exit_costs,
     exit_shares,
     find_thresholds,
 )
+from reweight.costs import exit_costs
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
+from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
-from reweight.step import MetaReweightStep, StepResult
+from reweight.step import MetaReweightStep
 
 __version__ = "0.1.0"
 

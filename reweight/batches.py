@@ -60,6 +60,7 @@ def unpack(batch: Any, name: str) -> Batch:
 
     Raises:
         TypeError: the batch is not a pair.
+        ValueError: the target holds no sample.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         got = f"{len(batch)} values" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -67,7 +68,10 @@ def unpack(batch: Any, name: str) -> Batch:
             f"{name} must be a pair (inputs, target), got {got}. Several inputs go into a "
             "tuple or a dict: ((first, second), target)."
         )
-    return batch[0], batch[1]
+    inputs, target = batch
+    if isinstance(target, Tensor) and target.numel() == 0:
+        raise ValueError(f"{name} must hold at least one sample, got {list(target.shape)} targets.")
+    return inputs, target
 
 
 def _tensors(nested: Any) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from reweight.forwards import (
     plain_attention,
     unchanged_on_error,
 )
-from reweight.hypergradient import ESTIMATORS, Hypergradient, MetaProblem
+from reweight.hypergradient import ESTIMATORS, MetaProblem
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
+from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter
 from reweight.updates import (
     Parameters,
@@ -28,44 +29,6 @@ from reweight.updates import (
     pseudo_update,
     step_where,
 )
-
-
-class StepResult(NamedTuple):
-    """What a step did, as tensors without a graph; nothing is copied from the device until asked.
-
-    Attributes:
-        losses: l[i,k], and with them confidence, correctness and validity of every sample.
-        weights: w[i,k] after the update of the reweighter, shape [B, K].
-        train_loss: L_tr with these weights, scalar.
-        meta_loss: L_meta at the updated parameters, scalar; None where the step had no meta update.
-        exit_shares: share of the meta samples each exit was judged on, shape [K], or None.
-        hypergradient_norm: Euclidean norm of ∂L_meta/∂w, scalar, or None.
-        nonfinite: whether the train losses, the meta loss and the hypergradient held a value that
-            is not finite, shape [3], bool, or None. One True and the reweighter stayed as it was.
-        num_zero_moments: entries whose update has no derivative (Adam, gradient and second moment
-            both 0); it was taken as 0.
-    """
-
-    losses: ExitLosses
-    weights: Tensor
-    train_loss: Tensor
-    meta_loss: Tensor | None = None
-    exit_shares: Tensor | None = None
-    hypergradient_norm: Tensor | None = None
-    nonfinite: Tensor | None = None
-    num_zero_moments: Tensor | int = 0
-
-    def summary(self) -> str:
-        """One line for a log; waits for the device."""
-        parts = [f"train loss {self.train_loss.item():.4f}"]
-        if self.meta_loss is not None:
-            parts.append(f"meta loss {self.meta_loss.item():.4f}")
-        parts.append(f"weights {self.weights.min().item():.2f}…{self.weights.max().item():.2f}")
-        if self.nonfinite is not None and self.nonfinite.any():
-            names = ("train losses", "meta loss", "hypergradient")
-            found = [name for name, bad in zip(names, self.nonfinite.tolist(), strict=True) if bad]
-            parts.append(f"reweighter not updated: non-finite {', '.join(found)}")
-        return ", ".join(parts)
 
 
 class MetaReweightStep:
@@ -198,7 +161,7 @@ class MetaReweightStep:
             # A second backward of the same graph: the weighted gradient needs no further forward.
             losses.losses.backward(losses.sample_shares() * weights)
         self.num_calls += 1
-        return _result(losses, weights, update)
+        return StepResult.of(losses, weights, update)
 
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
         """Update the reweighter and nothing else, for loops that keep their own forward.
@@ -216,7 +179,7 @@ class MetaReweightStep:
             random_state.restore()
         with torch.no_grad():
             weights = self.reweighter(losses)
-        return _result(losses, weights, update)
+        return StepResult.of(losses, weights, update)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers and containers of them."""
@@ -254,7 +217,7 @@ class MetaReweightStep:
 
     def _update(
         self, losses: ExitLosses, train: Batch, meta: Batch, random_state: RandomState
-    ) -> "_Update":
+    ) -> Update:
         """Learn from one meta step; ``losses`` are of ``train``, begun at ``random_state``."""
         self._warn_if_cold()
         parameters = self._held_parameters()
@@ -282,7 +245,7 @@ class MetaReweightStep:
         weights.backward(hypergradient.value)
         step_where(self.reweighter_optimizer, ok)
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
-        return _Update(hypergradient, nonfinite)
+        return Update(hypergradient, nonfinite)
 
     def _held_parameters(self) -> Parameters:
         """θ: the trainable parameters of the model that the optimizer moves, by name."""
@@ -309,11 +272,6 @@ class MetaReweightStep:
         self._was_cold = cold
 
 
-class _Update(NamedTuple):
-    hypergradient: Hypergradient
-    nonfinite: Tensor
-
-
 def _with_graph(losses: ExitLosses) -> ExitLosses:
     if not losses.losses.requires_grad:
         raise ValueError(
@@ -321,21 +279,3 @@ def _with_graph(losses: ExitLosses) -> ExitLosses:
             "graph. Are all parameters frozen, or gradients switched off?"
         )
     return losses
-
-
-def _result(losses: ExitLosses, weights: Tensor, update: _Update | None) -> StepResult:
-    losses = losses._replace(losses=losses.losses.detach())
-    train_loss = (losses.sample_shares() * weights * losses.losses).sum()
-    if update is None:
-        return StepResult(losses, weights, train_loss)
-    hypergradient, nonfinite = update
-    return StepResult(
-        losses,
-        weights,
-        train_loss,
-        hypergradient.meta_loss.value,
-        hypergradient.meta_loss.shares,
-        hypergradient.value.norm(),
-        nonfinite,
-        hypergradient.num_zero_moments,
-    )

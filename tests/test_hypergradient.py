@@ -15,13 +15,15 @@ POWER = 0.75
 
 
 def learned_gradient(step_at: MetaReweightStep, train, meta) -> Tensor:
-    """The gradient that reaches the reweighter: what a step of SGD with rate 1 subtracts from it."""
+    """The gradient that reaches the reweighter: what SGD with rate 1 subtracts from it."""
     parameters = list(step_at.reweighter.parameters())
     before = [p.detach().clone() for p in parameters]
     step_at.update_reweighter(train, meta)
-    gradient = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, parameters)])
+    gradient = torch.cat(
+        [(b - p.detach()).flatten() for b, p in zip(before, parameters, strict=True)]
+    )
     with torch.no_grad():
-        for parameter, value in zip(parameters, before):
+        for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
     return gradient
 

@@ -1,0 +1,78 @@
+"""What a step reports."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from reweight.hypergradient import Hypergradient
+from reweight.losses import ExitLosses
+
+
+class Update(NamedTuple):
+    """One update of the reweighter.
+
+    Attributes:
+        hypergradient: what it was made with.
+        nonfinite: whether train losses, meta loss and hypergradient held a value that is not
+            finite, shape [3], bool.
+    """
+
+    hypergradient: Hypergradient
+    nonfinite: Tensor
+
+
+class StepResult(NamedTuple):
+    """What a step did, as tensors without a graph; nothing is copied from the device until asked.
+
+    Attributes:
+        losses: l[i,k], and with them confidence, correctness and validity of every sample.
+        weights: w[i,k] after the update of the reweighter, shape [B, K].
+        train_loss: L_tr with these weights, scalar.
+        meta_loss: L_meta at the updated parameters, scalar; None where the step had no meta update.
+        exit_shares: share of the meta samples each exit was judged on, shape [K], or None.
+        hypergradient_norm: Euclidean norm of ∂L_meta/∂w, scalar, or None.
+        nonfinite: whether the train losses, the meta loss and the hypergradient held a value that
+            is not finite, shape [3], bool, or None. One True and the reweighter stayed as it was.
+        num_zero_moments: entries whose update has no derivative (Adam, gradient and second moment
+            both 0); it was taken as 0.
+    """
+
+    losses: ExitLosses
+    weights: Tensor
+    train_loss: Tensor
+    meta_loss: Tensor | None = None
+    exit_shares: Tensor | None = None
+    hypergradient_norm: Tensor | None = None
+    nonfinite: Tensor | None = None
+    num_zero_moments: Tensor | int = 0
+
+    def summary(self) -> str:
+        """One line for a log; waits for the device."""
+        parts = [f"train loss {self.train_loss.item():.4f}"]
+        if self.meta_loss is not None:
+            parts.append(f"meta loss {self.meta_loss.item():.4f}")
+        parts.append(f"weights {self.weights.min().item():.2f}…{self.weights.max().item():.2f}")
+        if self.nonfinite is not None and self.nonfinite.any():
+            names = ("train losses", "meta loss", "hypergradient")
+            found = [name for name, bad in zip(names, self.nonfinite.tolist(), strict=True) if bad]
+            parts.append(f"reweighter not updated: non-finite {', '.join(found)}")
+        return ", ".join(parts)
+
+    @classmethod
+    def of(cls, losses: ExitLosses, weights: Tensor, update: Update | None) -> "StepResult":
+        """The report of a step with these losses and weights, and perhaps an update."""
+        losses = losses._replace(losses=losses.losses.detach())
+        train_loss = (losses.sample_shares() * weights * losses.losses).sum()
+        if update is None:
+            return cls(losses, weights, train_loss)
+        hypergradient, nonfinite = update
+        return cls(
+            losses,
+            weights,
+            train_loss,
+            hypergradient.meta_loss.value,
+            hypergradient.meta_loss.shares,
+            hypergradient.value.norm(),
+            nonfinite,
+            hypergradient.num_zero_moments,
+        )

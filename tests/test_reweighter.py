@@ -1,0 +1,128 @@
+"""What weights must hold to, whatever the network has learned."""
+
+import copy
+
+import pytest
+import torch
+
+from reweight import ExitLosses, SampleReweighter
+
+FORMS = [
+    (num_exits, form, average_over)
+    for num_exits in (1, 2, 5)
+    for form in ("tanh", "sigmoid")
+    for average_over in ("exits", "samples", "both")
+    if not (num_exits == 1 and average_over == "exits")
+]
+
+
+def make(num_exits, form, average_over, **options) -> SampleReweighter:
+    reweighter = SampleReweighter(num_exits, form=form, average_over=average_over, **options)
+    return reweighter.double()
+
+
+@pytest.mark.parametrize(("num_exits", "form", "average_over"), FORMS)
+class TestEveryForm:
+    def test_weights_average_one(self, num_exits, form, average_over) -> None:
+        weights = make(num_exits, form, average_over)(torch.rand(9, num_exits).double() * 3)
+        dims = {"exits": 1, "samples": 0, "both": (0, 1)}[average_over]
+        means = weights.mean(dims)
+        torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=1e-14)
+        if form == "sigmoid":
+            assert (weights > 0).all()
+
+    def test_permuting_samples_permutes_weights(self, num_exits, form, average_over) -> None:
+        reweighter, losses = make(num_exits, form, average_over), torch.rand(9, num_exits).double()
+        order = torch.randperm(9)
+        torch.testing.assert_close(
+            reweighter(losses[order]), reweighter(losses)[order], rtol=1e-13, atol=1e-13
+        )
+
+    def test_samples_that_do_not_count_change_no_other_weight(
+        self, num_exits, form, average_over
+    ) -> None:
+        reweighter, losses = make(num_exits, form, average_over), torch.rand(9, num_exits).double()
+        valid = torch.arange(9) < 6
+        weights = reweighter(ExitLosses(losses, valid=valid))[:6]
+        torch.testing.assert_close(weights, reweighter(losses[:6]), rtol=1e-13, atol=1e-13)
+
+    def test_no_gradient_reaches_the_losses(self, num_exits, form, average_over) -> None:
+        losses = torch.rand(9, num_exits, dtype=torch.float64, requires_grad=True)
+        reweighter = make(num_exits, form, average_over)
+        (reweighter(losses) * torch.randn(9, num_exits)).sum().backward()
+        assert losses.grad is None
+        assert all(p.grad is not None for p in reweighter.parameters())
+
+    def test_survives_saturation(self, num_exits, form, average_over) -> None:
+        reweighter = make(num_exits, form, average_over)
+        with torch.no_grad():
+            reweighter.network[2].bias.fill_(-800.0)  # sigmoid underflows to 0
+        assert reweighter(torch.rand(4, num_exits)).isfinite().all()
+
+
+def test_tanh_weights_by_hand() -> None:
+    reweighter = make(2, "tanh", "exits", strength=0.3)
+    losses = torch.tensor([[0.5, 2.0]], dtype=torch.float64)
+    raw = reweighter.network(losses).tanh()[0].tolist()
+    expected = [1 + 0.3 * (r - sum(raw) / 2) for r in raw]
+    assert reweighter(losses)[0].tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_bound_of_tanh_weights() -> None:
+    reweighter = make(5, "tanh", "exits")
+    with torch.no_grad():
+        reweighter.network[2].bias.copy_(torch.tensor([-1e3, 1e3, 1e3, 1e3, 1e3]))
+    weights = reweighter(torch.rand(1, 5))
+    assert weights.min().item() == pytest.approx(1 - 0.8 * 2 * 4 / 5)  # −0.28: negative, as stated
+
+
+def test_strength_zero_gives_exactly_one() -> None:
+    assert torch.equal(SampleReweighter(3, strength=0)(torch.rand(4, 3)), torch.ones(4, 3))
+
+
+def test_published_defaults() -> None:
+    many, single = SampleReweighter(5), SampleReweighter(1)
+    assert (many.form, many.average_over, many.strength) == ("tanh", "exits", 0.8)
+    assert (single.form, single.average_over) == ("sigmoid", "samples")
+    assert [m.network[0].out_features for m in (many, single)] == [500, 100]
+
+
+@pytest.mark.parametrize("inputs", ["confidences", "both"])
+def test_inputs_choose_what_the_network_sees(inputs: str) -> None:
+    reweighter = SampleReweighter(3, inputs=inputs)
+    losses, confidence = torch.rand(4, 3), torch.rand(4, 3)
+    seen = reweighter(ExitLosses(losses, confidence))
+    other = reweighter(ExitLosses(losses + 1, confidence))
+    assert torch.equal(seen, other) == (inputs == "confidences")
+    with pytest.raises(ValueError, match="must carry confidences"):
+        reweighter(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_have_the_dtype_of_the_losses(dtype) -> None:
+    assert SampleReweighter(3)(torch.rand(4, 3, dtype=dtype)).dtype == dtype
+    assert copy.deepcopy(SampleReweighter(3)).to(dtype)(torch.rand(4, 3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_exits": 0}, "num_exits"),
+        ({"num_exits": 2, "form": "relu"}, "`form` must be one of tanh, sigmoid, got 'relu'"),
+        ({"num_exits": 2, "average_over": "row"}, "average_over"),
+        ({"num_exits": 2, "inputs": "loss"}, "inputs"),
+        ({"num_exits": 2, "strength": -0.1}, "strength"),
+        ({"num_exits": 2, "num_hidden": 0}, "num_hidden"),
+        ({"num_exits": 1, "average_over": "exits"}, "every weight 1"),
+        ({"num_exits": 1, "form": "tanh"}, "every weight 1"),
+    ],
+)
+def test_bad_options_are_named(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleReweighter(**options)
+
+
+@pytest.mark.parametrize("losses", [torch.rand(4, 2), torch.rand(3), torch.rand(4, 3, 1)])
+def test_another_number_of_exits_is_named(losses) -> None:
+    with pytest.raises(ValueError, match=r"\[samples, num_exits=3\], got \["):
+        SampleReweighter(3)(losses)

@@ -1,0 +1,547 @@
+"""The order of events: what a step changes, what it leaves alone, and what it refuses."""
+
+import copy
+import io
+import re
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    EXITS,
+    MODELS,
+    NUM_CLASSES,
+    OPTIMIZERS,
+    conventional_loss,
+    make_batch,
+    make_model,
+    warm_up,
+)
+from torch import nn
+from torch.optim import SGD, Adam
+
+from reweight import (
+    BudgetedObjective,
+    ExitLosses,
+    MeanObjective,
+    MetaReweightStep,
+    SampleReweighter,
+    exit_cross_entropy,
+    swap_halves,
+)
+
+
+def make(model_name="mlp", optimizer_name="sgd", num_exits=3, warm=True, **options):
+    model = make_model(model_name, num_exits)
+    optimizer = OPTIMIZERS[optimizer_name](model)
+    if warm:
+        warm_up(model, optimizer, make_batch(model_name))
+    reweighter = options.pop("reweighter", None) or SampleReweighter(num_exits, num_hidden=5)
+    return MetaReweightStep(model, optimizer, reweighter.double(), **options)
+
+
+def batches(model_name="mlp"):
+    return make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
+
+
+def snapshot(step: MetaReweightStep) -> dict[str, object]:
+    """Everything of the user's, as bytes: two snapshots are equal only bitwise."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "model": step.model.state_dict(),
+            "buffers": [b.clone() for b in step.model.buffers()],
+            "grad": [p.grad for p in step.model.parameters()],
+            "optimizer": step.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "modes": [module.training for module in step.model.modules()],
+        },
+        buffer,
+    )
+    return buffer.getvalue()
+
+
+def add_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+
+
+@pytest.mark.parametrize("estimator", ["forward", "unrolled"])
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_update_reweighter_touches_nothing_else(model_name, optimizer_name, estimator) -> None:
+    step = make(model_name, optimizer_name, estimator=estimator)
+    add_gradients(step.model)
+    weights_before = [p.detach().clone() for p in step.reweighter.parameters()]
+    before = snapshot(step)
+    step.update_reweighter(*batches(model_name))
+    assert snapshot(step) == before
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(weights_before, step.reweighter.parameters(), strict=True)
+    ]
+    assert any(moved)
+    assert all(p.grad is None for p in step.reweighter.parameters())
+
+
+# Not the transformer unrolled: double backward takes unfused attention, which rounds otherwise.
+@pytest.mark.parametrize(
+    ("model_name", "estimator"),
+    [(name, "forward") for name in MODELS]
+    + [(name, "unrolled") for name in MODELS if name != "transformer_dropout"],
+)
+@pytest.mark.parametrize("num_exits", EXITS.values(), ids=EXITS.keys())
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_training_with_weights_of_one_is_conventional_bitwise(
+    model_name, estimator, optimizer_name, num_exits
+) -> None:
+    """Over three steps, so that buffers, optimizer state and random state count as well."""
+    ones = SampleReweighter(num_exits, strength=0, form="tanh", average_over="both")
+    step = make(model_name, optimizer_name, num_exits, reweighter=ones, estimator=estimator)
+    model, optimizer = copy.deepcopy((step.model, step.optimizer))
+    train, meta = batches(model_name)
+
+    def run(backward: Callable[[], object], moved: torch.optim.Optimizer) -> None:
+        torch.manual_seed(5)
+        for _ in range(3):
+            moved.zero_grad()
+            backward()
+            moved.step()
+
+    run(lambda: step.backward(train, meta), step.optimizer)
+    after = torch.get_rng_state()
+    run(lambda: conventional_loss(model(train[0]), train[1]).backward(), optimizer)
+    assert torch.equal(after, torch.get_rng_state())
+    for (name, ours), theirs in zip(
+        step.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(step.model.parameters(), model.parameters(), strict=True):
+        assert ours.grad is theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+def test_backward_adds_the_weighted_gradient() -> None:
+    step = make()
+    train, meta = batches()
+    add_gradients(step.model)
+    result = step.backward(train, meta)
+    logits = step.model(train[0])
+    losses = torch.stack([F.cross_entropy(z, train[1], reduction="none") for z in logits], 1)
+    expected = (result.weights * losses).mean(0).sum()
+    assert result.train_loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for parameter, gradient in zip(
+        step.model.parameters(),
+        torch.autograd.grad(expected, list(step.model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(parameter.grad, 0.5 + gradient, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        assert torch.equal(result.weights, step.reweighter(result.losses))
+    assert not any(t.requires_grad for t in (*result.losses, *result[1:4]))
+
+
+def test_call_is_zero_grad_backward_and_step() -> None:
+    step = make(optimizer_name="adam")
+    twin = copy.deepcopy(step)
+    train, meta = batches()
+    add_gradients(step.model)
+    step(train, meta)
+    twin.optimizer.zero_grad()
+    twin.backward(train, meta)
+    twin.optimizer.step()
+    for ours, theirs in zip(step.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_interval_counts_calls() -> None:
+    step = make(interval=3)
+    train, meta = batches()
+    updated = [step.backward(train, meta).meta_loss is not None for _ in range(7)]
+    assert updated == [True, False, False, True, False, False, True]
+
+
+def test_descends_on_the_meta_loss() -> None:
+    """Two hundred updates of the reweighter alone: the loss after the step goes down."""
+    step = make(objective=MeanObjective())
+    step.reweighter_optimizer.param_groups[0]["lr"] = 1e-2
+    train, meta = batches()
+    values = [step.update_reweighter(train, meta).meta_loss.item() for _ in range(200)]
+    assert values[-1] < values[0] - 1e-3
+    assert sum(b < a for a, b in pairwise(values)) > 150
+
+
+def test_single_exit_is_meta_weight_net() -> None:
+    """One step written as in the paper: v(l)/mean, plain SGD look-ahead, clean meta batch."""
+    step = make(num_exits=1, optimizer_name="sgd", objective=MeanObjective())
+    train, meta = batches()
+    network = copy.deepcopy(step.reweighter.network)
+    adam = Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in step.model.named_parameters()}
+
+    def losses_at(parameters, batch):
+        (logits,) = torch.func.functional_call(step.model, parameters, (batch[0],))
+        return F.cross_entropy(logits, batch[1], reduction="none").unsqueeze(1)
+
+    losses = losses_at(parameters, train)
+    raw = network(losses.detach()).sigmoid()
+    loss = (raw / raw.mean() * losses).mean()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    ahead = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    losses_at(ahead, meta).mean().backward()
+    adam.step()
+
+    step.update_reweighter(train, meta)
+    for ours, theirs in zip(
+        step.reweighter.network.parameters(), network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+class TokenModel(nn.Module):
+    """A language model with two exits, as [B, T, C] logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.gru, self.heads = (
+            nn.GRU(6, 6, batch_first=True),
+            nn.ModuleList([nn.Linear(6, 11), nn.Linear(6, 11)]),
+        )
+
+    def forward(self, tokens, scale=1.0):
+        early = self.embedding(tokens) * scale
+        late, _ = self.gru(early)
+        return [head(x) for head, x in zip(self.heads, (early, late), strict=True)]
+
+
+def token_batches(ignored: bool):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(11, (2, 4, 5), generator=generator)
+    targets = torch.randint(11, (2, 4, 5), generator=generator)
+    if ignored:
+        targets[:, :, -2:] = -100
+    return (tokens[0], targets[0]), (tokens[1], targets[1])
+
+
+def test_tokens_are_samples_and_ignored_ones_drop_out() -> None:
+    """Ignoring the last two tokens of a causal model equals cutting them off."""
+    torch.manual_seed(0)
+    model = TokenModel().double()
+    full = MetaReweightStep(
+        model, SGD(model.parameters(), lr=0.1), SampleReweighter(2, average_over="both").double()
+    )
+    cut = copy.deepcopy(full)
+    train, meta = token_batches(ignored=True)
+    result = full.backward(train, meta)
+    shorter = cut.backward(*((x[:, :3], y[:, :3]) for x, y in (train, meta)))
+    assert result.losses.losses.shape == (20, 2)
+    torch.testing.assert_close(result.meta_loss, shorter.meta_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.exit_shares, shorter.exit_shares)
+    for ours, theirs in zip(
+        [*full.model.parameters(), *full.reweighter.parameters()],
+        [*cut.model.parameters(), *cut.reweighter.parameters()],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_all_samples_ignored_changes_nothing_and_says_nothing_false() -> None:
+    model = TokenModel()
+    step = MetaReweightStep(model, SGD(model.parameters(), lr=0.1), SampleReweighter(2))
+    train, meta = token_batches(ignored=False)
+    nothing = torch.full_like(train[1], -100)
+    result = step.backward((train[0], nothing), (meta[0], nothing))
+    assert result.train_loss == 0
+    assert not result.nonfinite.any()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "stacked", "dict", "wrapped_loss"])
+def test_outputs_of_every_form_give_the_same_step(form: str) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model("mlp")
+
+        def forward(self, x):
+            logits = self.inner(x)
+            forms = {"tuple": tuple(logits), "stacked": torch.stack(logits)}
+            return forms.get(form, {"logits": logits} if form == "dict" else logits)
+
+    options = {"dict": {"exits": lambda outputs: outputs["logits"]}}.get(form, {})
+    if form == "wrapped_loss":
+        options = {
+            "objective": MeanObjective(),
+            "loss": lambda logits, target: exit_cross_entropy(logits, target).losses,
+        }
+    model, expected = Wrapped(), make(warm=False, objective=options.get("objective"))
+    step = MetaReweightStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        copy.deepcopy(expected.reweighter),
+        **options,
+    )
+    train, meta = batches()
+    ours, theirs = step.backward(train, meta), expected.backward(train, meta)
+    torch.testing.assert_close(ours.hypergradient_norm, theirs.hypergradient_norm)
+    torch.testing.assert_close(ours.weights, theirs.weights)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_inputs_may_be_several(form: str) -> None:
+    torch.manual_seed(0)
+    model = TokenModel()
+    step = MetaReweightStep(model, SGD(model.parameters(), lr=0.1), SampleReweighter(2))
+    scale = torch.full((4, 1, 1), 2.0)
+    (train, target), _ = token_batches(ignored=False)
+    inputs = (train, scale) if form == "tuple" else {"tokens": train, "scale": scale}
+    for halves in swap_halves([(inputs, target)]):
+        result = step.backward(*halves)
+    expected = exit_cross_entropy(model(train, scale), target).losses[10:]
+    torch.testing.assert_close(result.losses.losses, expected)
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("where", ["train", "meta"])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_never_reaches_the_reweighter(self, where: str, bad: float) -> None:
+        step = make(optimizer_name="adam")
+        train, meta = batches()
+        step.backward(train, meta)
+        before = copy.deepcopy(step.state_dict())
+        spoiled = {"train": train, "meta": meta}[where]
+        spoiled[0][3] = bad
+        result = step.backward(train, meta)
+        # The meta loss is computed at what the train losses made of the parameters.
+        assert result.nonfinite.tolist() == [where == "train", True, True]
+        assert re.search("not updated: non-finite (train losses|meta loss)", result.summary())
+        assert step.num_skipped == 1
+        for key in ("reweighter", "reweighter_optimizer"):
+            torch.testing.assert_close(step.state_dict()[key], before[key], rtol=0, atol=0)
+
+    def test_learning_goes_on_afterwards(self) -> None:
+        step = make()
+        train, meta = batches()
+        poisoned = (torch.full_like(train[0], torch.nan), train[1])
+        step.update_reweighter(poisoned, meta)
+        before = [p.detach().clone() for p in step.reweighter.parameters()]
+        assert not step.update_reweighter(train, meta).nonfinite.any()
+        after = list(step.reweighter.parameters())
+        assert not all(map(torch.equal, before, after))
+        assert all(p.isfinite().all() for p in after)
+
+
+class TestState:
+    def test_goes_through_a_file_and_resumes_bitwise(self) -> None:
+        step = make(optimizer_name="adamw", interval=2)
+        train, meta = batches()
+        for _ in range(3):
+            step(train, meta)
+        buffer = io.BytesIO()
+        saved = (step.state_dict(), step.model.state_dict(), step.optimizer.state_dict())
+        torch.save(saved, buffer)
+        resumed = make(optimizer_name="adamw", interval=2, warm=False)
+        buffer.seek(0)
+        state, model_state, optimizer_state = torch.load(buffer, weights_only=True)
+        resumed.load_state_dict(state)
+        resumed.model.load_state_dict(model_state)
+        resumed.optimizer.load_state_dict(optimizer_state)
+        for _ in range(3):
+            step(train, meta)
+            resumed(train, meta)
+        for ours, theirs in zip(
+            [*step.model.parameters(), *step.reweighter.parameters()],
+            [*resumed.model.parameters(), *resumed.reweighter.parameters()],
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda state: state.pop("num_calls"), "must have the keys"),
+            (
+                lambda state: state.update(reweighter=SampleReweighter(2).state_dict()),
+                "tensors of shape",
+            ),
+            (
+                lambda state: state["reweighter_optimizer"]["param_groups"].clear(),
+                "parameter groups",
+            ),
+        ],
+    )
+    def test_refuses_another_state_and_loads_nothing(self, spoil, message) -> None:
+        step = make()
+        before = copy.deepcopy(step.state_dict())
+        state = copy.deepcopy(make(warm=False).state_dict())
+        spoil(state)
+        with pytest.raises(ValueError, match=message):
+            step.load_state_dict(state)
+        torch.testing.assert_close(step.state_dict(), before, rtol=0, atol=0)
+
+
+class TestCold:
+    def test_first_step_of_adam_is_no_mistake(self) -> None:
+        step = make(optimizer_name="adam", warm=False)
+        for _ in range(2):
+            step(*batches())
+
+    def test_forgetting_the_optimizer_is_one(self) -> None:
+        step = make(optimizer_name="adam", warm=False)
+        step.backward(*batches())
+        with pytest.warns(UserWarning, match="Adam still has no state.*Call optimizer.step"):
+            step.backward(*batches())
+
+
+class Unexpected(nn.Module):
+    def __init__(self, output) -> None:
+        super().__init__()
+        self.layer, self.norm, self.output = nn.Linear(6, 6), nn.BatchNorm1d(6), output
+
+    def forward(self, x):
+        return self.output(self.norm(self.layer(x)))
+
+
+def with_target(batch, target):
+    return batch[0], target
+
+
+BAD_CALLS = {
+    "target out of range": (
+        {},
+        lambda t, m: (with_target(t, t[1] + NUM_CLASSES), m),
+        ValueError,
+        "`target` must lie in 0..3",
+    ),
+    "meta target out of range": (
+        {},
+        lambda t, m: (t, with_target(m, m[1] + NUM_CLASSES)),
+        ValueError,
+        "`target` must lie in 0..3",
+    ),
+    "another number of exits": (
+        {"reweighter": SampleReweighter(2)},
+        lambda t, m: (t, m),
+        ValueError,
+        r"num_exits=2\], got \[7, 3\]",
+    ),
+    "another number of exits, no update due": (
+        {"reweighter": SampleReweighter(2), "interval": 2},
+        lambda t, m: (t, m),
+        ValueError,
+        r"num_exits=2\], got \[7, 3\]",
+    ),
+    "empty batch": (
+        {},
+        lambda t, m: ((t[0][:0], t[1][:0]), m),
+        ValueError,
+        "`train` must hold at least one sample",
+    ),
+    "empty meta batch": (
+        {},
+        lambda t, m: (t, (m[0][:0], m[1][:0])),
+        ValueError,
+        "`meta` must hold at least one sample",
+    ),
+    "no pair": ({}, lambda t, m: (t[0], m), TypeError, "`train` must be a pair"),
+    "no meta pair": ({}, lambda t, m: (t, None), TypeError, "`meta` must be a pair.*NoneType"),
+    "loss already averaged": (
+        {"loss": lambda z, y: exit_cross_entropy(z, y).losses.mean()},
+        lambda t, m: (t, m),
+        ValueError,
+        "Do not average over the samples",
+    ),
+    "loss of another type": (
+        {"loss": lambda z, y: [1.0]},
+        lambda t, m: (t, m),
+        TypeError,
+        "`loss` must return ExitLosses",
+    ),
+    "losses without confidences": (
+        {"loss": lambda z, y: exit_cross_entropy(z, y).losses, "objective": BudgetedObjective()},
+        lambda t, m: (t, m),
+        ValueError,
+        "use MeanObjective",
+    ),
+    "losses cut from the graph": (
+        {"loss": lambda z, y: ExitLosses(exit_cross_entropy(z, y).losses.detach())},
+        lambda t, m: (t, m),
+        ValueError,
+        "without a graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["backward", "__call__", "update_reweighter"])
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_are_named_and_change_nothing(case: str, method: str) -> None:
+    options, spoil, error, message = BAD_CALLS[case]
+    options = dict(options)
+    if "reweighter" in options:
+        options["reweighter"] = copy.deepcopy(options["reweighter"])
+    step = make("conv_batch_norm", "adam", **options)
+    if options.get("interval") == 2:
+        step.num_calls = 1
+    add_gradients(step.model)
+    before, state = snapshot(step), copy.deepcopy(step.state_dict())
+    with pytest.raises(error, match=message):
+        getattr(step, method)(*spoil(*batches("conv_batch_norm")))
+    assert snapshot(step) == before
+    torch.testing.assert_close(step.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (lambda z: {"logits": z}, TypeError, "got dict. Pass `exits="),
+        (lambda z: "logits", TypeError, "got str"),
+        (lambda z: [z, z.sum()], ValueError, "exit 1"),
+        (lambda z: [z.detach(), z.detach()], ValueError, "without a graph"),
+    ],
+)
+def test_unexpected_outputs_are_named_and_change_nothing(output, error, message) -> None:
+    model = Unexpected(output).double()
+    step = MetaReweightStep(model, SGD(model.parameters(), lr=0.1), SampleReweighter(2).double())
+    before = snapshot(step)
+    with pytest.raises(error, match=message):
+        step.backward(*batches())
+    assert snapshot(step) == before
+
+
+def test_optimizer_of_parameters_that_no_loss_depends_on() -> None:
+    model = make_model("mlp")
+    model.unused = nn.Linear(2, 2)
+    step = MetaReweightStep(model, SGD(model.unused.parameters(), lr=0.1), SampleReweighter(3))
+    with pytest.raises(ValueError, match="must hold a parameter that the losses depend on"):
+        step.backward(*batches())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"interval": 0}, ValueError, "`interval` must be at least 1, got 0"),
+        ({"estimator": "exact"}, ValueError, "`estimator` must be one of forward, unrolled"),
+    ],
+)
+def test_bad_options_are_named(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_optimizer_of_another_model_is_named() -> None:
+    model, other = make_model("mlp"), make_model("mlp")
+    with pytest.raises(ValueError, match=r"holds none of them.*after moving the model"):
+        MetaReweightStep(model, SGD(other.parameters(), lr=0.1), SampleReweighter(3))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="holds none"):
+        MetaReweightStep(model, SGD(model.parameters(), lr=0.1), SampleReweighter(3))
+
+
+def test_unknown_optimizer_is_named() -> None:
+    model = make_model("mlp")
+    with pytest.raises(TypeError, match="got RMSprop"):
+        MetaReweightStep(model, torch.optim.RMSprop(model.parameters()), SampleReweighter(3))
