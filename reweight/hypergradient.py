@@ -9,6 +9,8 @@ for all i,k at once: one Jacobian–vector product of θ ↦ l. The identity is 
 ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al., ICLR 2025).
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -92,6 +94,7 @@ def forward_mode(problem: MetaProblem) -> Hypergradient:
     tangents = _grad(
         [update.parameters[name] for name in moved], list(gradients.values()), cotangents
     )
+    _load_forward_mode()
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(problem.parameters[name], tangent)  # θ + ε·v
@@ -112,6 +115,14 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     meta_loss = problem.meta_loss(update.parameters)
     (value,) = _grad(meta_loss.value, [weights])
     return Hypergradient(value, _detached(meta_loss), update.num_zero_moments)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ...]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Batch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from cases import Batch
 
 
 def allot_slowly(confidence: Tensor, shares: list[float], valid: list[bool]) -> list[int | None]:

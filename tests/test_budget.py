@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from references import allot_slowly, thresholds_slowly
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from references import allot_slowly, thresholds_slowly
 from reweight import (
     ExitLosses,
     anytime_accuracy,

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import EXITS, MODELS, OPTIMIZERS, make_batch, make_model, warm_up
-from references import budgeted_loss_slowly, meta_objective, numerical_gradient
 from torch import Tensor
 from torch.optim import SGD
 
+from cases import EXITS, MODELS, OPTIMIZERS, make_batch, make_model, warm_up
+from references import budgeted_loss_slowly, meta_objective, numerical_gradient
 from reweight import BudgetedObjective, MetaReweightStep, SampleReweighter
 
 POWER = 0.75

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from references import budgeted_loss_slowly
 
+from references import budgeted_loss_slowly
 from reweight import BudgetedObjective, ExitLosses, MeanObjective, exit_cross_entropy
 
 

@@ -9,6 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD, Adam
+
 from cases import (
     EXITS,
     MODELS,
@@ -19,9 +22,6 @@ from cases import (
     make_model,
     warm_up,
 )
-from torch import nn
-from torch.optim import SGD, Adam
-
 from reweight import (
     BudgetedObjective,
     ExitLosses,

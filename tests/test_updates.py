@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from cases import UPDATE_RULES, conventional_loss, make_batch, make_model, warm_up
-from references import copy_together
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
+from cases import UPDATE_RULES, conventional_loss, make_batch, make_model, warm_up
+from references import copy_together
 from reweight.updates import check_optimizer, pseudo_update, step_where
 
 

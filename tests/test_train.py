@@ -1,0 +1,147 @@
+"""The example run as a user runs it: its files, its refusals, and a resume after kill -9."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+SCRIPT = Path(train.__file__)
+SETTINGS = [
+    "--data",
+    "digits",
+    "--train-size",
+    "256",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+    "--model",
+    "mlp",
+]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", str(SCRIPT), *SETTINGS, "--out", str(out), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    finish(start(out))
+    return out
+
+
+def test_writes_everything_that_can_be_read_back(undisturbed: Path) -> None:
+    assert {path.name for path in undisturbed.iterdir()} == {
+        "budgeted.png",
+        "checkpoint.pt",
+        "conventional.pt",
+        "results.csv",
+        "results.json",
+        "reweighted.pt",
+        "weights.png",
+    }
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["settings"]["seed"] == 0
+    assert results["settings"]["train_size"] == 256
+    num_exits = len(results["multiply_adds"])
+    for arm in train.ARMS:
+        assert len(results["arms"][arm]["anytime_accuracy"]) == num_exits
+        points = results["arms"][arm]["budgeted"]
+        assert len(points) == 39
+        assert all(len(point["thresholds"]) == num_exits - 1 for point in points)
+        saved = torch.load(undisturbed / f"{arm}.pt", weights_only=True)
+        assert list(saved["thresholds"]) == [point["power"] for point in points]
+    with (undisturbed / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (num_exits + 39)
+    assert {row["epochs"] for row in rows} == {"3"}
+    accuracies = [float(row["accuracy"]) for row in rows if row["exit"] == "1"]
+    assert min(accuracies) > 0.5  # of ten classes, after three short epochs
+
+
+def test_arms_begin_and_go_on_alike(tmp_path, monkeypatch) -> None:
+    """With weights of 1 the reweighted arm is the conventional one, bitwise."""
+    plain = train.SampleReweighter
+    monkeypatch.setattr(
+        train, "SampleReweighter", lambda num_exits, inputs: plain(num_exits, strength=0)
+    )
+    train.main([*SETTINGS, "--out", str(tmp_path)])
+    models = [torch.load(tmp_path / f"{a}.pt", weights_only=True)["model"] for a in train.ARMS]
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+
+
+@pytest.mark.parametrize(
+    "killed_after", ["conventional: epoch 1", "conventional: epoch 3", "reweighted: epoch 2"]
+)
+def test_kill_and_resume_end_bitwise_the_same(killed_after, undisturbed, tmp_path) -> None:
+    with start(tmp_path / "out") as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # then at whatever it is doing: writing, training, beginning
+            if line.startswith(killed_after):
+                break
+        process.kill()
+    assert process.returncode == -9
+    output = finish(start(tmp_path / "out", "--resume"))
+    if killed_after != "conventional: epoch 1":
+        assert "conventional: epoch 1" not in output
+    for arm in train.ARMS:
+        ours, theirs = (
+            torch.load(out / f"{arm}.pt", weights_only=True)
+            for out in (tmp_path / "out", undisturbed)
+        )
+        for name, tensor in theirs["model"].items():
+            assert torch.equal(ours["model"][name], tensor), name
+    for name in ("results.json", "results.csv", "weights.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "cifar10", "--data-dir", "nowhere"], "cifar-10-binary.tar.gz.*--download"),
+        (["--label-noise", "2"], "label_noise"),
+        (["--batch-size", "300"], "--batch-size must be at most 256"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--resume", "--seed", "7"], "made with seed=0, not 7"),
+    ],
+)
+def test_refusals_say_what_to_do(arguments, message, undisturbed, capsys) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        train.main([*SETTINGS, "--out", str(undisturbed), *arguments])
+    said = str(refusal.value) + capsys.readouterr().err
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--objective", "mean", "--interval", "3", "--label-noise", "0.2"],
+        ["--reweighter-input", "both", "--long-tail", "5"],
+        ["--reweighter-input", "confidences", "--seed", "3"],
+    ],
+)
+def test_options_do_something(arguments, undisturbed, tmp_path) -> None:
+    train.main([*SETTINGS, *arguments, "--out", str(tmp_path)])
+    ours, plain = (
+        torch.load(out / "reweighted.pt", weights_only=True)["model"]
+        for out in (tmp_path, undisturbed)
+    )
+    assert not all(torch.equal(ours[name], plain[name]) for name in plain)
