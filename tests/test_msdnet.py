@@ -1,5 +1,6 @@
 """MSDNet against the costs and sizes published for it."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msdnet import MSDNet
+from reweight import exit_costs
 
 ANYTIME: dict[str, Any] = {"base": 4, "step": 2, "spacing": "even"}
 
@@ -96,6 +98,24 @@ def test_costs_and_sizes_are_the_published_ones(case: str) -> None:
     assert in_millions(costs) == published_costs
     assert in_millions(sizes).endswith(published_sizes)
     assert sizes[-1] == sum(parameter.numel() for parameter in model.parameters())
+
+
+# The published convention, for a counter of which two operations are one multiply-add.
+PUBLISHED_EXTRAS = {
+    torch.ops.aten.relu: lambda x, *_, **__: 2 * math.prod(x),
+    torch.ops.aten.avg_pool2d: lambda x, *_, **__: 2 * math.prod(x),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_exit_costs_of_the_library_are_the_published_ones(case: str) -> None:
+    settings, published_costs, _ = PUBLISHED[case]
+    images = torch.zeros(1, 3, 32, 32)
+    model = MSDNet(**settings)
+    costs = exit_costs(model, images, in_order=True, custom_mapping=PUBLISHED_EXTRAS)
+    assert in_millions(costs) == published_costs
+    needed = exit_costs(model, images)
+    assert all(0.8 * cost < need < cost for need, cost in zip(needed, costs, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 24, 20)])

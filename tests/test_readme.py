@@ -1,0 +1,79 @@
+"""The README's code runs as it stands: the loop before and after the diff, and every block."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+class MultiExitNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.stem(x).relu()
+        second = self.body(first).relu()
+        third = self.body(second).relu()
+        return [head(z) for head, z in zip(self.heads, (first, second, third), strict=True)]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 5), torch.randint(4, (8,))
+
+
+def names() -> dict[str, object]:
+    return {
+        "torch": torch,
+        "cross_entropy": cross_entropy,
+        "MultiExitNet": MultiExitNet,
+        "loader": [batch(), batch()],
+        "calibration_batch": batch(),
+        "test_batch": batch(),
+    }
+
+
+def side_of_diff(diff: str, side: str) -> str:
+    kept = [line[1:] for line in diff.splitlines() if line[:1] in (side, " ", "")]
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("side", ["-", "+"])
+def test_the_loop_trains_before_and_after_the_diff(side: str) -> None:
+    (diff,) = blocks("diff")
+    scope = names()
+    exec(side_of_diff(diff, side), scope)
+    assert scope["optimizer"].state, "the optimizer has stepped"
+    assert ("step" in scope) == (side == "+")
+
+
+def test_every_python_block_runs(capsys) -> None:
+    scope = names()
+    exec(side_of_diff(blocks("diff")[0], "+"), scope)
+    for block in blocks("python"):
+        exec(block, scope)
+    printed = capsys.readouterr().out
+    assert "train loss" in printed
+    assert "multiply-adds" in printed
+
+
+def test_commands_are_single_lines_that_set_everything_up() -> None:
+    assert [block.strip() for block in blocks("sh")] == [
+        'pip install -c constraints.txt -e ".[examples]" && python examples/train.py',
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
