@@ -1,7 +1,7 @@
 """Run ``examples/train.py`` over several seeds and say how the two trainings differ.
 
 Writes one row of CSV for each seed and prints the mean paired difference of every exit and of the
-mean budgeted accuracy, in points, with its 95 % interval. Seeds already in the file are not run again.
+mean budgeted accuracy, in points, with its 95 % interval. What the file holds is not run again.
 
     python benchmarks/seeds.py --seeds 10 --out benchmarks/results/digits_seeds.csv -- --data digits
 """

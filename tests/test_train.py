@@ -14,16 +14,8 @@ import train
 
 SCRIPT = Path(train.__file__)
 SETTINGS = [
-    "--data",
-    "digits",
-    "--train-size",
-    "256",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "16",
-    "--model",
-    "mlp",
+    *("--data", "digits", "--train-size", "256", "--model", "mlp"),
+    *("--epochs", "3", "--batch-size", "16"),
 ]
 
 
