@@ -259,7 +259,7 @@ def report(
             settings.out / f"{arm}.pt",
             {"model": model.state_dict(), "thresholds": thresholds, "settings": describe(settings)},
         )
-    anytime = {arm: anytime_accuracy(correct[arm]) for arm in ARMS}
+    anytime = {arm: correct[arm].double().mean(0) for arm in ARMS}
     budgeted = {arm: mean([point.accuracy for point in curves[arm]]) for arm in ARMS}
 
     table = Table(title=f"{settings.data}, {settings.model}: test accuracy (%)")

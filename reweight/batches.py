@@ -34,8 +34,8 @@ def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
     """
     for batch in loader:
         inputs, target = unpack(batch, "the batch of `loader`")
-        sizes = {len(tensor) for tensor in _tensors((inputs, target))}
-        if len(sizes) != 1:
+        sizes = {len(tensor) if tensor.dim() else 0 for tensor in _tensors((inputs, target))}
+        if len(sizes) != 1 or sizes == {0}:
             raise ValueError(
                 "The tensors of a batch must have the same number of samples, got "
                 f"{', '.join(map(str, sorted(sizes))) or 'no tensor'}."
@@ -91,5 +91,5 @@ def _rows(nested: Any, rows: slice) -> Any:
     if isinstance(nested, Mapping):
         return {key: _rows(value, rows) for key, value in nested.items()}
     if isinstance(nested, tuple | list):
-        return type(nested)(_rows(value, rows) for value in nested)
+        return [_rows(value, rows) for value in nested]
     return nested

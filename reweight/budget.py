@@ -5,7 +5,7 @@ from a held-out split: exit k is given a share q_k of the samples (Huang et al.,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     thresholds = confidence.new_full((num_exits,), -torch.inf)
     left = confidence
     for k in range(num_exits - 1):
-        fair = quotas(shares[k] / shares[k:].sum(), len(left))
+        fair = quotas(shares[k] / shares[k:].sum().clamp(min=1e-300), len(left))
         quota = int(torch.minimum(planned[k], fair))
         if quota == 0:
             thresholds[k] = torch.inf
@@ -135,10 +135,19 @@ def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
     return reached.int().argmax(1)
 
 
-def anytime_accuracy(correct: Tensor) -> Tensor:
-    """The accuracy of every exit on all samples: [N, K] bool → [K] float64."""
-    _check_matrix(correct, "correct")
-    return correct.double().mean(0)
+def anytime_accuracy(losses: ExitLosses) -> Tensor:
+    """The accuracy of every exit on all samples that count.
+
+    Args:
+        losses: with correctness [N, K], as ``exit_cross_entropy`` gives them.
+
+    Returns:
+        Shape [K], float64.
+
+    Raises:
+        ValueError: there is no correctness, or no sample.
+    """
+    return _counted(losses, "correct", "losses").double().mean(0)
 
 
 class BudgetPoint(NamedTuple):
@@ -183,30 +192,37 @@ def budgeted_curve(
     Raises:
         ValueError: confidences or correctness are missing, or the numbers of exits differ.
     """
-    if calibration.confidence is None or test.confidence is None or test.correct is None:
-        raise ValueError(
-            "`calibration` needs confidences, and `test` confidences and correctness, got None. "
-            "exit_cross_entropy gives them all."
-        )
-    num_exits = test.confidence.shape[1]
-    if not len(costs) == num_exits == calibration.confidence.shape[1]:
+    held_out = _counted(calibration, "confidence", "calibration")
+    confidence = _counted(test, "confidence", "test")
+    correct = _counted(test, "correct", "test").double()
+    num_exits = confidence.shape[1]
+    if not len(costs) == num_exits == held_out.shape[1]:
         raise ValueError(
             f"`costs`, `calibration` and `test` must have the same number of exits, got "
-            f"{len(costs)}, {calibration.confidence.shape[1]} and {num_exits}."
+            f"{len(costs)}, {held_out.shape[1]} and {num_exits}."
         )
-    cost = torch.tensor(costs, dtype=torch.float64, device=test.confidence.device)
+    cost = torch.tensor(costs, dtype=torch.float64, device=confidence.device)
     points = []
     for power in powers:
-        thresholds = find_thresholds(calibration.confidence, exit_shares(num_exits, power))
-        exits = choose_exits(test.confidence, thresholds)
-        correct = test.correct.gather(1, exits.unsqueeze(1))
+        thresholds = find_thresholds(held_out, exit_shares(num_exits, power))
+        exits = choose_exits(confidence, thresholds)
+        accuracy = correct.gather(1, exits.unsqueeze(1)).mean().item()
         shares = exits.bincount(minlength=num_exits).double() / len(exits)
-        points.append(
-            BudgetPoint(
-                power, thresholds, correct.double().mean().item(), cost[exits].mean().item(), shares
-            )
-        )
+        points.append(BudgetPoint(power, thresholds, accuracy, cost[exits].mean().item(), shares))
     return points
+
+
+def _counted(losses: ExitLosses, field: Literal["confidence", "correct"], name: str) -> Tensor:
+    """Confidences or correctness of the samples that count, [N, K]."""
+    matrix = losses.confidence if field == "confidence" else losses.correct
+    if matrix is None:
+        raise ValueError(
+            f"`{name}` must carry {field}, got None. Pass what exit_cross_entropy returns."
+        )
+    if losses.valid is not None:
+        matrix = matrix[losses.valid]
+    _check_matrix(matrix, name)
+    return matrix
 
 
 def _check_matrix(matrix: Tensor, name: str) -> tuple[int, int]:

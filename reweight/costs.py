@@ -1,13 +1,16 @@
 """What an answer at each exit costs, in multiply-adds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
+
+from reweight.forwards import call, plain_attention
 
 
 def exit_costs(
@@ -21,11 +24,13 @@ def exit_costs(
     """Multiply-adds of an answer at each exit, all earlier exits included.
 
     Convolutions, products of matrices and attention count, as in ``torch.utils.flop_counter``,
-    which reports two operations for each multiply-add; everything else costs nothing.
+    which reports two operations for each multiply-add; everything else costs nothing. Attention and
+    recurrent layers are run as the products they are made of, since fused kernels are not counted.
 
     Args:
         model: called once as ``model(inputs)``, in evaluation mode, without gradients.
-        inputs: a batch; the cost is that of the whole of it, so pass one sample.
+        inputs: a batch, in any form that a step takes; the cost is that of the whole of it, so pass
+            one sample.
         exits: takes the list of K logits out of what the model returns; None if it is that list.
         in_order: False counts the operations that the logits of the first k exits depend on. True
             counts everything that ran before the logits of exit k were there, the convention of the
@@ -56,8 +61,8 @@ def exit_costs(
     recorder = _DependencyRecorder(counter)
     model.eval()
     try:
-        with torch.no_grad(), counter, recorder:
-            outputs = model(inputs)
+        with torch.no_grad(), plain_attention(), _plain_recurrence(), counter, recorder:
+            outputs = call(model, inputs)
             logits = outputs if exits is None else exits(outputs)
     finally:
         for module in training:
@@ -73,6 +78,16 @@ def exit_costs(
         executed = (1 << needed.bit_length()) - 1
         costs.append(recorder.flops(executed if in_order else needed) // 2)
     return costs
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    (enabled, *_) = torch.backends.mkldnn.set_flags(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(enabled)
 
 
 class _DependencyRecorder(TorchDispatchMode):
@@ -96,10 +111,10 @@ class _DependencyRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         needed = 1 << len(self._costs)
         self._costs.append(self._counter.get_total_flops() - before)
-        for tensor in tree_leaves((args, kwargs)):
+        for tensor in tree_flatten((args, kwargs))[0]:
             if isinstance(tensor, Tensor):
                 needed |= self.needed_by(tensor)
-        for tensor in tree_leaves(result):
+        for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor):
                 self._needed[tensor.untyped_storage()._cdata] = needed
                 self._alive.append(tensor)

@@ -1,17 +1,21 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
+T = TypeVar("T")
 
 
 class ExitForward:
@@ -28,18 +32,38 @@ class ExitForward:
         self, model: nn.Module, exits: Callable[[Any], Any] | None, loss: LossFunction
     ) -> None:
         self._model, self._exits, self._loss = model, exits, loss
+        self._holder = _Holder(model)
 
     def __call__(self, inputs: Any, target: Any) -> ExitLosses:
         """The user's own forward: buffers move as they do in any training step."""
-        args, kwargs = _arguments(inputs)
-        return self._losses(self._model(*args, **kwargs), target)
+        return self._losses(call(self._model, inputs), target)
 
-    def at(self, parameters: Mapping[str, Tensor], inputs: Any, target: Any) -> ExitLosses:
-        """The forward at these parameters, the others as they are, on copies of the buffers."""
-        args, kwargs = _arguments(inputs)
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        outputs = functional_call(self._model, {**buffers, **parameters}, args, kwargs)
-        return self._losses(outputs, target)
+    def at(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        inputs: Any,
+        target: Any,
+        then: Callable[[ExitLosses], T],
+        *,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> T:
+        """The forward at these parameters, the others as they are, on copies of these buffers.
+
+        What is to be done with the losses, gradients above all, is done by ``then``, while the
+        parameters are in place: activation checkpointing runs the model again in the backward.
+        Compiled models run uncompiled. The model, not the loss, is called ``within`` the context.
+        """
+
+        def run() -> T:
+            with within or nullcontext(), _uncompiled():
+                outputs = call(self._model, inputs)
+            return then(self._losses(outputs, target))
+
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        swapped = {f"model.{name}": tensor for name, tensor in {**copies, **parameters}.items()}
+        result: T = functional_call(self._holder, swapped, (run,))
+        return result
 
     def _losses(self, outputs: Any, target: Any) -> ExitLosses:
         result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
@@ -57,8 +81,27 @@ class ExitForward:
         return exit_losses
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """What the model makes of a tensor, a tuple or list of arguments, or a dict of named ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def require_graph(losses: ExitLosses) -> ExitLosses:
+    """The losses, or an error that says why they cannot be trained on."""
+    if not losses.losses.requires_grad:
+        raise ValueError(
+            "`model` must return logits that depend on a trainable parameter, got losses without a "
+            "graph. Are all parameters frozen, or gradients switched off?"
+        )
+    return losses
+
+
 class RandomState:
-    """The state of the random number generators that the model draws from, now.
+    """The state of the generators that the model may draw from, now: PyTorch's, NumPy's, Python's.
 
     Args:
         model: its devices are looked at.
@@ -66,6 +109,7 @@ class RandomState:
 
     def __init__(self, model: nn.Module) -> None:
         devices = {parameter.device for parameter in model.parameters()}
+        self._python, self._numpy = random.getstate(), np.random.get_state()
         self._cpu = torch.get_rng_state()
         self._others = {
             device: getattr(torch, device.type).get_rng_state(device)
@@ -75,9 +119,41 @@ class RandomState:
 
     def restore(self) -> None:
         """Put the generators back to where they were."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for device, state in self._others.items():
             getattr(torch, device.type).set_rng_state(state, device)
+
+
+class Beginning:
+    """What a forward begins with and may change: buffers and random state, now.
+
+    Args:
+        model: looked at now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.random_state = RandomState(model)
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
+        self._places = [
+            (module, name, buffer, values[id(buffer)])
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put both back to where they were.
+
+        Through ``data``, for a graph that holds a buffer would take any change for one that spoils
+        it, even the change back.
+        """
+        self.random_state.restore()
+        for module, name, buffer, value in self._places:
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
 
 
 @contextmanager
@@ -86,30 +162,92 @@ def plain_attention() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _math_kernel():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[RandomState]:
-    """Put buffers and random state back if the block raises; yields the random state before it."""
-    random_state = RandomState(model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def tangents_follow_gradients() -> Iterator[None]:
+    """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
+    with plain_attention(), _NoTangentWithoutGradient():
+        yield
+
+
+class _NoTangentWithoutGradient(TorchFunctionMode):
+    """Forward mode does not heed ``torch.no_grad`` by itself; backward has no choice."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
+
+
+class CutWatch(TorchFunctionMode):
+    """Notices whether the block cuts a tensor from the graph, which differences cannot see."""
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function; looks at which it is."""
+        if func in _CUTS or not torch.is_grad_enabled():
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+_CUTS = (
+    Tensor.detach,
+    Tensor.detach_,
+    torch.detach,
+    torch.detach_,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+)
+
+
+def working_precision(parameters: Mapping[str, Tensor]) -> float:
+    """The spacing of the numbers a forward computes with: autocast's, or the parameters'."""
+    parameter = next(iter(parameters.values()))
+    device, dtype = parameter.device.type, parameter.dtype
+    if hasattr(torch, "get_autocast_dtype"):
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+    elif device == "cpu" and torch.is_autocast_cpu_enabled():  # before PyTorch 2.4
+        dtype = torch.get_autocast_cpu_dtype()
+    elif torch.is_autocast_enabled():
+        dtype = torch.get_autocast_gpu_dtype()
+    return torch.finfo(dtype).eps
+
+
+class _Holder(nn.Module):
+    """Runs what it is given, so that parameters of the model are in place meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], T]) -> T:
+        return run()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled code has no forward mode and is specialised to the parameters themselves."""
+    set_stance: Callable[[str], AbstractContextManager[Any]] | None
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+def _math_kernel() -> AbstractContextManager[Any]:
     try:
-        yield random_state
-    except BaseException:
-        random_state.restore()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        raise
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # before PyTorch 2.3
+        kernels = {"enable_flash": False, "enable_mem_efficient": False}
+        context: AbstractContextManager[Any] = torch.backends.cuda.sdp_kernel(**kernels)
+    else:
+        context = sdpa_kernel(SDPBackend.MATH)
+    return context

@@ -10,17 +10,31 @@ ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al.,
 """
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from reweight.objectives import MetaLoss
+from reweight.batches import Batch
+from reweight.forwards import (
+    Beginning,
+    CutWatch,
+    ExitForward,
+    tangents_follow_gradients,
+    working_precision,
+)
+from reweight.losses import ExitLosses
+from reweight.objectives import MetaLoss, Objective, require_meta_loss
 from reweight.updates import Parameters, PseudoUpdate
+
+Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
+_logger = logging.getLogger("reweight")
 
 
 @dataclass(frozen=True)
@@ -30,33 +44,41 @@ class MetaProblem:
     Attributes:
         parameters: θ, the parameters that the optimizer moves, by name.
         losses: l[i,k] at θ, shape [B, K], with its graph.
-        sample_shares: the share of each sample in mean_i, shape [B, 1].
+        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
+            in mean_i, times the scale of the call.
         weights: w[i,k], shape [B, K], without a graph.
+        accumulated: the gradients that those of L_tr are added to, by name.
         update: U, gradients → θ̂.
-        meta_loss: θ̂ → L_meta.
-        replay: θ → l, the same forward once more, random state included.
+        meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
+        replay: (θ, context) → l, the same forward once more, random state included, without a
+            graph; the model is called within the context. θ may be some of the parameters.
+        grad_scale: what gradients are multiplied by on their way through low precision.
+        precision: spacing of the numbers that the forward computes with.
     """
 
     parameters: Parameters
     losses: Tensor
     sample_shares: Tensor
     weights: Tensor
+    accumulated: Parameters
     update: Callable[[Parameters], PseudoUpdate]
-    meta_loss: Callable[[Parameters], MetaLoss]
-    replay: Callable[[Parameters], Tensor]
+    meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
+    replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
+    grad_scale: Tensor
+    precision: float
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
-        """∇θ L_tr of these weights for the parameters it reaches; keeps the graph of the losses."""
+        """What ``.grad`` will hold with these weights; keeps the graph of the losses."""
         gradients = torch.autograd.grad(
             self.losses,
             list(self.parameters.values()),
-            self.sample_shares * weights,
+            self.sample_shares * weights * self.grad_scale,
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,
         )
         reached = {
-            name: gradient
+            name: (gradient.to_dense() if gradient.is_sparse else gradient) / self.grad_scale
             for name, gradient in zip(self.parameters, gradients, strict=True)
             if gradient is not None
         }
@@ -65,7 +87,60 @@ class MetaProblem:
                 "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
+        for name, gradient in self.accumulated.items():
+            reached[name] = reached[name] + gradient if name in reached else gradient
         return reached
+
+
+def meta_problem(
+    forward: ExitForward,
+    model: nn.Module,
+    objective: Objective,
+    train: Batch,
+    meta: Batch,
+    beginning: Beginning,
+    losses: ExitLosses,
+    weights: Tensor,
+    parameters: Parameters,
+    accumulated: Parameters,
+    update: Callable[[Parameters], PseudoUpdate],
+    scale: float,
+    grad_scale: Tensor,
+) -> MetaProblem:
+    """The meta step whose train batch has these losses and began there; the state is now's."""
+    after = Beginning(model)
+
+    def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+        def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+            value, shares = require_meta_loss(objective(losses))
+            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares))
+
+        after.random_state.restore()
+        return forward.at(at, after.buffers, *meta, then)
+
+    def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
+        beginning.random_state.restore()
+        detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return forward.at(
+            {**detached, **at},
+            beginning.buffers,
+            *train,
+            lambda losses: losses.losses,
+            within=within,
+        )
+
+    return MetaProblem(
+        parameters=parameters,
+        losses=losses.losses,
+        sample_shares=scale * losses.sample_shares(),
+        weights=weights.detach(),
+        accumulated={name: gradient / grad_scale for name, gradient in accumulated.items()},
+        update=update,
+        meta_loss=meta_loss,
+        replay=replay,
+        grad_scale=grad_scale,
+        precision=working_precision(parameters),
+    )
 
 
 class Hypergradient(NamedTuple):
@@ -84,37 +159,82 @@ class Hypergradient(NamedTuple):
 
 def forward_mode(problem: MetaProblem) -> Hypergradient:
     """Exact, by one forward-mode pass; no second-order graph."""
-    # ∇θ L_tr becomes a leaf: what is differentiated below is the optimizer's arithmetic alone.
-    gradients = _leaves(problem.train_gradients(problem.weights))
-    update = problem.update(gradients)
-    updated = _leaves(update.parameters)
-    meta_loss = problem.meta_loss(updated)
-    moved = list(gradients)  # θ̂ depends on the gradients of these, each on its own
-    cotangents = _grad(meta_loss.value, [updated[name] for name in moved])  # c
-    tangents = _grad(
-        [update.parameters[name] for name in moved], list(gradients.values()), cotangents
-    )
+    tangents, meta_loss, num_zero_moments = _tangents(problem)
     _load_forward_mode()
-    with torch.no_grad(), forward_ad.dual_level():
+    with forward_ad.dual_level():
         duals = {
-            name: forward_ad.make_dual(problem.parameters[name], tangent)  # θ + ε·v
-            for name, tangent in zip(moved, tangents, strict=True)
+            name: forward_ad.make_dual(problem.parameters[name].detach(), tangent)  # θ + ε·v
+            for name, tangent in tangents.items()
         }
-        product = forward_ad.unpack_dual(problem.replay({**problem.parameters, **duals})).tangent
+        losses = problem.replay(duals, tangents_follow_gradients())
+        product = forward_ad.unpack_dual(losses).tangent
     if product is None:  # the losses move with nothing that the meta loss moves with
         product = torch.zeros_like(problem.losses)
-    return Hypergradient(
-        problem.sample_shares * product, _detached(meta_loss), update.num_zero_moments
-    )
+    return Hypergradient(problem.sample_shares * product, meta_loss, num_zero_moments)
+
+
+def finite_difference(problem: MetaProblem) -> Hypergradient:
+    """Approximate, by two forwards at θ ± h·v; for what has no forward mode.
+
+    h·‖v‖ is √precision·‖θ‖, which balances rounding against curvature: 3e-4 of ‖θ‖ in float32, 0.09
+    in bfloat16. Wrong where the model cuts tensors from the graph: differences see through it.
+    """
+    tangents, meta_loss, num_zero_moments = _tangents(problem)
+    watch = CutWatch()
+    with torch.no_grad():
+        lengths = [
+            torch.stack([tensor.norm() for tensor in tensors]).norm()
+            for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
+        ]
+        step = problem.precision**0.5 * lengths[0] / lengths[1]
+        step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
+        moved = [
+            {name: problem.parameters[name] + sign * step * v for name, v in tangents.items()}
+            for sign in (1, -1)
+        ]
+    above, below = (problem.replay(parameters, watch) for parameters in moved)
+    product = (above - below) / (2 * step)
+    if watch.seen:
+        warnings.warn(
+            "The model cuts tensors from the graph (detach or no_grad), which finite differences "
+            "cannot see: hypergradients are wrong where the cut matters. Use estimator='forward' "
+            "if the model has forward mode.",
+            stacklevel=2,
+        )
+    return Hypergradient(problem.sample_shares * product, meta_loss, num_zero_moments)
 
 
 def unrolled(problem: MetaProblem) -> Hypergradient:
     """Exact, by differentiating the gradient itself (double backward): the slow reference."""
     weights = problem.weights.detach().requires_grad_()
     update = problem.update(problem.train_gradients(weights, create_graph=True))
-    meta_loss = problem.meta_loss(update.parameters)
-    (value,) = _grad(meta_loss.value, [weights])
-    return Hypergradient(value, _detached(meta_loss), update.num_zero_moments)
+    meta_loss, (value,) = problem.meta_loss(
+        update.parameters, lambda meta_loss: _grad(meta_loss.value, [weights])
+    )
+    return Hypergradient(value, meta_loss, update.num_zero_moments)
+
+
+def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]:
+    """V = (∂U/∂gradient)ᵀ c by name, and what it was computed from."""
+    # ∇θ L_tr becomes a leaf: what is differentiated below is the optimizer's arithmetic alone.
+    gradients = _leaves(problem.train_gradients(problem.weights))
+    update = problem.update(gradients)
+    updated = _leaves(update.parameters)
+    moved = list(gradients)
+    meta_loss, cotangents = problem.meta_loss(  # c
+        updated,
+        lambda meta_loss: _grad(
+            meta_loss.value,
+            [updated[name] for name in moved],
+            problem.grad_scale.to(meta_loss.value),
+        ),
+    )
+    tangents = _grad(
+        [update.parameters[name] for name in moved],
+        list(gradients.values()),
+        [cotangent / problem.grad_scale for cotangent in cotangents],
+    )
+    return dict(zip(moved, tangents, strict=True)), meta_loss, update.num_zero_moments
 
 
 @functools.cache
@@ -137,11 +257,35 @@ def _leaves(tensors: Parameters) -> Parameters:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
-def _detached(meta_loss: MetaLoss) -> MetaLoss:
-    return MetaLoss(meta_loss.value.detach(), meta_loss.shares)
-
-
 ESTIMATORS: dict[str, Callable[[MetaProblem], Hypergradient]] = {
     "forward": forward_mode,
+    "finite_difference": finite_difference,
     "unrolled": unrolled,
 }
+
+
+def estimate(estimator: str, problem: MetaProblem) -> tuple[Hypergradient, str]:
+    """The hypergradient, and which estimator to use from now on.
+
+    "auto" is forward mode, unless PyTorch says that an operation of the model has none: then it is
+    finite differences, and the log says which operation decided.
+    """
+    if estimator in ("finite_difference", "unrolled"):
+        return ESTIMATORS[estimator](problem), estimator
+    try:
+        return forward_mode(problem), "forward"
+    except (NotImplementedError, RuntimeError) as error:
+        named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
+        if not (named or isinstance(error, NotImplementedError)):
+            raise
+        if estimator == "forward":
+            raise NotImplementedError(
+                "The model has an operation without forward mode. Use estimator='finite_difference'"
+                " (approximate) or 'unrolled' (exact, more memory)."
+            ) from error
+        _logger.warning(
+            "Finite differences instead of forward mode, so hypergradients are approximate from "
+            "here on: %s",
+            str(error).splitlines()[0],
+        )
+    return finite_difference(problem), "finite_difference"

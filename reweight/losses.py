@@ -44,6 +44,15 @@ class ExitLosses(NamedTuple):
         valid = self.valid.to(self.losses.dtype).unsqueeze(1)
         return valid / valid.sum().clamp(min=1)
 
+    def mean_over_samples(self, values: Tensor) -> Tensor:
+        """The mean of each column of values [B, K] over the samples that count, shape [K].
+
+        What stands in the other rows does not matter, not even if it is infinite.
+        """
+        if self.valid is not None:
+            values = torch.where(self.valid.unsqueeze(1), values, 0)
+        return (self.sample_shares() * values).sum(0)
+
 
 def exit_cross_entropy(
     logits: Logits,
@@ -87,6 +96,8 @@ def exit_cross_entropy(
         tensor([[ True,  True],
                 [ True, False]])
     """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
     exits = _exits(logits, target)
     target = target.reshape(-1)
     valid = target != ignore_index
@@ -98,13 +109,12 @@ def exit_cross_entropy(
         log_probabilities = rows.log_softmax(
             1, dtype=torch.promote_types(rows.dtype, torch.float32)
         )
+        weight = None if class_weight is None else class_weight.to(log_probabilities)
         loss = F.nll_loss(
-            log_probabilities, target, class_weight, ignore_index=ignore_index, reduction="none"
+            log_probabilities, target, weight, ignore_index=ignore_index, reduction="none"
         )
         if label_smoothing:  # (1 - ε) l + (ε / C) Σ_c over all classes as if each were the target
-            weighted = (
-                log_probabilities if class_weight is None else log_probabilities * class_weight
-            )
+            weighted = log_probabilities if weight is None else log_probabilities * weight
             uniform = torch.where(valid, -weighted.sum(1) / num_classes, 0)
             loss = (1 - label_smoothing) * loss + label_smoothing * uniform
         best, prediction = log_probabilities.detach().max(1)

@@ -29,6 +29,15 @@ class Objective(Protocol):
         """L_meta of the losses [B, K] at the updated parameters."""
 
 
+def require_meta_loss(result: object) -> MetaLoss:
+    """What an objective returned, or an error that says what it should have."""
+    if not isinstance(result, MetaLoss):
+        raise TypeError(
+            f"`objective` must return MetaLoss(value, shares), got {type(result).__name__}."
+        )
+    return result
+
+
 @dataclass(frozen=True)
 class MeanObjective:
     """L_meta = Σ_k mean_j l[j,k]: every exit is judged on every meta sample.
@@ -40,9 +49,8 @@ class MeanObjective:
 
     def __call__(self, meta: ExitLosses) -> MetaLoss:
         """See :class:`Objective`."""
-        return MetaLoss(
-            (meta.sample_shares() * meta.losses).sum(), meta.losses.new_ones(meta.losses.shape[1])
-        )
+        value = meta.mean_over_samples(meta.losses).sum()
+        return MetaLoss(value, meta.losses.new_ones(meta.losses.shape[1]))
 
 
 @dataclass(frozen=True)

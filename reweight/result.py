@@ -1,5 +1,6 @@
 """What a step reports."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,10 +16,12 @@ class Update(NamedTuple):
         hypergradient: what it was made with.
         nonfinite: whether train losses, meta loss and hypergradient held a value that is not
             finite, shape [3], bool.
+        undo: puts the reweighter and its optimizer back.
     """
 
     hypergradient: Hypergradient
     nonfinite: Tensor
+    undo: Callable[[], None]
 
 
 class StepResult(NamedTuple):
@@ -62,10 +65,10 @@ class StepResult(NamedTuple):
     def of(cls, losses: ExitLosses, weights: Tensor, update: Update | None) -> "StepResult":
         """The report of a step with these losses and weights, and perhaps an update."""
         losses = losses._replace(losses=losses.losses.detach())
-        train_loss = (losses.sample_shares() * weights * losses.losses).sum()
+        train_loss = losses.mean_over_samples(weights * losses.losses).sum()
         if update is None:
             return cls(losses, weights, train_loss)
-        hypergradient, nonfinite = update
+        hypergradient, nonfinite = update.hypergradient, update.nonfinite
         return cls(
             losses,
             weights,

@@ -1,9 +1,11 @@
 """The weight prediction network g: what a sample's K losses say about its K weights."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 from reweight.losses import ExitLosses
 
@@ -96,7 +98,7 @@ class SampleReweighter(nn.Module):
             ValueError: another number of exits, or no confidences where the network wants them.
         """
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
-        raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses.dtype)
+        raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses)
         if self.form == "sigmoid":
             positive = raw.sigmoid()
             mean = self._mean(positive, exit_losses)
@@ -128,7 +130,7 @@ class SampleReweighter(nn.Module):
     def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
         if self.average_over != "exits":
-            values = (exit_losses.sample_shares() * values).sum(0, keepdim=True)
+            values = exit_losses.mean_over_samples(values).unsqueeze(0)
         if self.average_over != "samples":
             values = values.mean(1, keepdim=True)
         return values
@@ -144,3 +146,66 @@ class SampleReweighter(nn.Module):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
+
+    Raises:
+        ValueError: it holds something else than parameters of the reweighter.
+    """
+    own = {id(parameter) for parameter in reweighter.parameters()}
+    if optimizer is None:
+        lr = 1e-3 if getattr(reweighter, "form", None) == "sigmoid" else 1e-4
+        return Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4) if own else None
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held <= own:
+        raise ValueError(
+            "`reweighter_optimizer` must hold parameters of `reweighter` alone, got others. Create "
+            "it from reweighter.parameters()."
+        )
+    return optimizer
+
+
+def is_trainable(reweighter: nn.Module) -> bool:
+    """Whether there is anything to learn; a frozen reweighter just weights."""
+    return any(parameter.requires_grad for parameter in reweighter.parameters())
+
+
+def step_where(optimizer: Optimizer, ok: Tensor) -> Callable[[], None]:
+    """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
+
+    Takes the gradients away afterwards. State kept on another device than ``ok`` (the step count of
+    Adam, which lives on the CPU) moves on in either case.
+
+    Returns:
+        A function that undoes the step.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = torch.where(ok, parameter.grad, 0)
+    before = {key: value.detach().clone() for key, value in _tensors(optimizer, parameters).items()}
+    optimizer.step()
+    with torch.no_grad():
+        for key, value in _tensors(optimizer, parameters).items():
+            if value.device == ok.device:
+                value.copy_(torch.where(ok, value, before.get(key, torch.zeros_like(value))))
+    optimizer.zero_grad(set_to_none=True)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for key, value in _tensors(optimizer, parameters).items():
+                value.copy_(before.get(key, torch.zeros_like(value)))
+
+    return undo
+
+
+def _tensors(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[int, str], Tensor]:
+    """The parameters and all tensors of their state."""
+    tensors = {(i, ""): parameter for i, parameter in enumerate(parameters)}
+    for i, parameter in enumerate(parameters):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[i, name] = value
+    return tensors

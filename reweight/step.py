@@ -1,33 +1,41 @@
 """MetaReweightStep: the order of events in one training step."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
+from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
 from reweight.forwards import (
+    Beginning,
     ExitForward,
     LossFunction,
-    RandomState,
     plain_attention,
-    unchanged_on_error,
+    require_graph,
 )
-from reweight.hypergradient import ESTIMATORS, MetaProblem
+from reweight.hypergradient import ESTIMATORS, estimate, meta_problem
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
 from reweight.result import StepResult, Update
-from reweight.reweighter import SampleReweighter
+from reweight.reweighter import SampleReweighter, is_trainable, optimizer_for, step_where
 from reweight.updates import (
+    AnyOptimizer,
+    Exactness,
     Parameters,
-    check_optimizer,
+    PseudoUpdate,
+    as_optimizers,
+    check_differentiable,
+    clip_gradients,
+    has_complex,
+    held_by,
+    held_parameters,
     is_cold,
     pseudo_update,
-    step_where,
 )
 
 
@@ -42,72 +50,80 @@ class MetaReweightStep:
 
     Args:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms.
-        optimizer: SGD, Adam or AdamW over the model's parameters; its groups, learning rates and
-            state are read at every step and never changed.
+        optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
+            parameters; groups, learning rates and state are read at every step and never changed.
+            A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
         reweighter_optimizer: moves the reweighter. Default, as published: Adam with weight decay
             1e-4 and learning rate 1e-4, or 1e-3 for the sigmoid form.
         objective: the meta loss. Default ``BudgetedObjective()``.
         interval: update the reweighter at every interval-th call of ``backward``, beginning with
             the first. Default 1 (the publication uses 1 for CIFAR, 100 for ImageNet).
-        estimator: "forward" (default; exact, one forward-mode pass) or "unrolled" (exact, double
-            backward; slower and larger, for reference).
+        estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
+            forwards), "unrolled" (exact, double backward; slower and larger, for reference), or
+            "auto" (default): forward, unless an operation of the model has no forward mode; which
+            one is logged, once.
+        pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
+            gradient step with the optimizer's learning rate. An approximation, for optimizers whose
+            own step cannot be differentiated.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
+        clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
+            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        scaler: the GradScaler you train with, so that gradients are scaled as by
+            ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
 
     Raises:
-        TypeError: the optimizer has no rule (see :func:`reweight.updates.check_optimizer`).
+        TypeError: the optimizer's step cannot be differentiated.
         ValueError: an argument is out of range, or the optimizer holds none of the parameters.
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> class Net(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.stem = nn.Linear(4, 8)
-        ...         self.exits = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
-        ...     def forward(self, x):
-        ...         features = self.stem(x).relu()
-        ...         return [exit(features) for exit in self.exits]
-        >>> model = Net()
+        >>> model = nn.Linear(4, 3)  # a single exit; with more, return the logits of each
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=2))
-        >>> train = (torch.randn(6, 4), torch.randint(3, (6,)))
-        >>> meta = (torch.randn(6, 4), torch.randint(3, (6,)))
+        >>> step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1))
+        >>> train, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
         >>> optimizer.zero_grad()
         >>> result = step.backward(train, meta)
         >>> optimizer.step()
         >>> result.weights.shape
-        torch.Size([6, 2])
+        torch.Size([6, 1])
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer | GradientTransformation | Sequence[AnyOptimizer],
         reweighter: SampleReweighter,
         *,
         reweighter_optimizer: Optimizer | None = None,
         objective: Objective | None = None,
         interval: int = 1,
-        estimator: str = "forward",
+        estimator: str = "auto",
+        pseudo_update: Exactness = "exact",
         loss: LossFunction = exit_cross_entropy,
         exits: Callable[[Any], Any] | None = None,
+        clip_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        check_optimizer(optimizer)
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
-        if estimator not in ESTIMATORS:
-            raise ValueError(
-                f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}."
-            )
-        if reweighter_optimizer is None:
-            lr = 1e-3 if reweighter.form == "sigmoid" else 1e-4
-            reweighter_optimizer = Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4)
-        self.model, self.optimizer, self.reweighter = model, optimizer, reweighter
-        self.reweighter_optimizer = reweighter_optimizer
+        for name, value, choices in (
+            ("estimator", estimator, ("auto", *ESTIMATORS)),
+            ("pseudo_update", pseudo_update, ("exact", "gradient_descent")),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(f"`clip_grad_norm` must be positive, got {clip_grad_norm}.")
+        self.model, self.reweighter = model, reweighter
+        self.optimizers = as_optimizers(optimizer, list(model.parameters()))
+        if pseudo_update == "exact":
+            for one in self.optimizers:
+                check_differentiable(one)
+        self.reweighter_optimizer = optimizer_for(reweighter, reweighter_optimizer)
         self.objective = BudgetedObjective() if objective is None else objective
-        self.interval, self.estimator = interval, estimator
+        self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
+        self.clip_grad_norm, self.scaler = clip_grad_norm, scaler
         self.num_calls = 0
         self.num_skipped = torch.zeros((), dtype=torch.int64)
         """How many updates of the reweighter were left out for a value that was not finite."""
@@ -118,27 +134,42 @@ class MetaReweightStep:
                 "`optimizer` must hold parameters of `model`, got one that holds none of them. "
                 "Create it from model.parameters(), after moving the model to its device."
             )
+        if has_complex(self._held_parameters()):
+            raise ValueError("`model` must have real parameters, got complex ones.")
 
     def __call__(self, train: Batch, meta: Batch) -> StepResult:
-        """``zero_grad``, :meth:`backward` and ``optimizer.step`` in one."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
+        if self.scaler is not None:
+            raise ValueError(
+                "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
+                "and scaler.update() in its place."
+            )
+        parameters = list(held_by(self.optimizers))
         gradients = [parameter.grad for parameter in parameters]
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         try:
             result = self.backward(train, meta)
         except BaseException:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             raise
-        self.optimizer.step()
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._held_parameters().values(), self.clip_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
         return result
 
-    def backward(self, train: Batch, meta: Batch) -> StepResult:
+    def backward(self, train: Batch, meta: Batch, *, scale: float = 1.0) -> StepResult:
         """Update the reweighter if it is due, then add the gradient of L_tr to ``.grad``.
+
+        What ``.grad`` holds already counts as part of the optimizer's next step.
 
         Args:
             train: (inputs, target) of the batch to train on.
             meta: (inputs, target) of the batch that judges the step.
+            scale: factor of the gradient; 1/n where the gradients of n calls are accumulated for
+                one step, so that they add up to a mean.
 
         Returns:
             :class:`StepResult`.
@@ -146,20 +177,32 @@ class MetaReweightStep:
         Raises:
             TypeError: a batch is not a pair, or the model returns something unexpected.
             ValueError: shapes or numbers of exits disagree, a batch is empty, a target is out of
-                range, or no loss depends on a parameter. Nothing has changed then.
+                range, or no loss depends on a parameter. Nothing has changed then, unless the very
+                last backward fails while gradients are accumulated.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        with unchanged_on_error(self.model) as random_state, self._attention():
-            losses = _with_graph(self._forward(*train))
-            update = None
-            if self.num_calls % self.interval == 0:
-                after = RandomState(self.model)
-                update = self._update(losses, train, meta, random_state)
-                after.restore()
-            with torch.no_grad():
-                weights = self.reweighter(losses)
-            # A second backward of the same graph: the weighted gradient needs no further forward.
-            losses.losses.backward(losses.sample_shares() * weights)
+        beginning = Beginning(self.model)
+        gradients = {p: p.grad for p in self.model.parameters()}
+        update = None
+        try:
+            with self._attention():
+                losses = require_graph(self._forward(*train))
+                if self.num_calls % self.interval == 0 and is_trainable(self.reweighter):
+                    grads = {n: p.grad for n, p in self._held_parameters().items()}
+                    accumulated = {n: g.detach() for n, g in grads.items() if g is not None}
+                    update = self._update(losses, train, meta, beginning, accumulated, scale)
+                with torch.no_grad():
+                    weights = self._weights(losses)
+                # A second backward of the same graph: the weighted gradient needs no forward.
+                coefficients = scale * losses.sample_shares() * weights
+                losses.losses.backward(self._grad_scale(coefficients.device) * coefficients)
+        except BaseException:
+            beginning.restore()
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            if update is not None:
+                update.undo()
+            raise
         self.num_calls += 1
         return StepResult.of(losses, weights, update)
 
@@ -167,25 +210,34 @@ class MetaReweightStep:
         """Update the reweighter and nothing else, for loops that keep their own forward.
 
         Parameters, buffers, ``.grad``, optimizer state and random state stay bitwise as they are.
-        Arguments, returns and errors are those of :meth:`backward`; ``interval`` plays no part.
+        What ``.grad`` holds and ``interval`` play no part; arguments, returns and errors are those
+        of :meth:`backward`.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        random_state = RandomState(self.model)
+        if not is_trainable(self.reweighter):
+            raise ValueError(
+                "`reweighter` must have a trainable parameter to be updated, got none."
+            )
+        beginning = Beginning(self.model)
+
+        def learn(losses: ExitLosses) -> StepResult:
+            update = self._update(require_graph(losses), train, meta, beginning, {}, 1.0)
+            with torch.no_grad():
+                return StepResult.of(losses, self._weights(losses), update)
+
         try:
             with self._attention():
-                losses = _with_graph(self._forward.at({}, *train))
-                update = self._update(losses, train, meta, random_state)
+                return self._forward.at({}, beginning.buffers, *train, learn)
         finally:
-            random_state.restore()
-        with torch.no_grad():
-            weights = self.reweighter(losses)
-        return StepResult.of(losses, weights, update)
+            beginning.random_state.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers and containers of them."""
         return {
             "reweighter": self.reweighter.state_dict(),
-            "reweighter_optimizer": self.reweighter_optimizer.state_dict(),
+            "reweighter_optimizer": self.reweighter_optimizer
+            and self.reweighter_optimizer.state_dict(),
+            "reweighter_options": repr(self.reweighter),
             "num_calls": self.num_calls,
             "num_skipped": self.num_skipped,
         }
@@ -202,80 +254,90 @@ class MetaReweightStep:
             raise ValueError(
                 f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}."
             )
-        shapes, got = (
-            {name: list(tensor.shape) for name, tensor in state["reweighter"].items()}
-            for state in (expected, state_dict)
-        )
-        if shapes != got:
+        if state_dict["reweighter_options"] != expected["reweighter_options"]:
             raise ValueError(
-                f"`state_dict` must hold a reweighter with tensors of shape {shapes}, got {got}."
+                f"`state_dict` must be of this reweighter:\n{expected['reweighter_options']}\ngot\n"
+                f"{state_dict['reweighter_options']}"
             )
-        self.reweighter_optimizer.load_state_dict(state_dict["reweighter_optimizer"])
+        if self.reweighter_optimizer is not None:
+            self.reweighter_optimizer.load_state_dict(state_dict["reweighter_optimizer"])
         self.reweighter.load_state_dict(state_dict["reweighter"])
         self.num_calls = state_dict["num_calls"]
         self.num_skipped = state_dict["num_skipped"]
 
     def _update(
-        self, losses: ExitLosses, train: Batch, meta: Batch, random_state: RandomState
+        self,
+        losses: ExitLosses,
+        train: Batch,
+        meta: Batch,
+        beginning: Beginning,
+        accumulated: Parameters,
+        scale: float,
     ) -> Update:
-        """Learn from one meta step; ``losses`` are of ``train``, begun at ``random_state``."""
-        self._warn_if_cold()
-        parameters = self._held_parameters()
+        """Learn from one meta step; ``losses`` are of ``train``, from that beginning on."""
+        self._warn_if_cold(accumulating=bool(accumulated))
+        parameters, after = self._held_parameters(), Beginning(self.model)
 
-        def replay(at: Parameters) -> Tensor:
-            random_state.restore()
-            with plain_attention():
-                return self._forward.at(at, *train).losses
+        def update(gradients: Parameters) -> PseudoUpdate:
+            if self.clip_grad_norm is not None:
+                gradients = clip_gradients(gradients, self.clip_grad_norm)
+            return pseudo_update(self.optimizers, parameters, gradients, self.pseudo_update)
 
-        weights = self.reweighter(losses)
-        hypergradient = ESTIMATORS[self.estimator](
-            MetaProblem(
-                parameters=parameters,
-                losses=losses.losses,
-                sample_shares=losses.sample_shares(),
-                weights=weights.detach(),
-                update=lambda gradients: pseudo_update(self.optimizer, parameters, gradients),
-                meta_loss=lambda at: self.objective(self._forward.at(at, *meta)),
-                replay=replay,
-            )
+        weights = self._weights(losses)
+        problem = meta_problem(
+            self._forward,
+            self.model,
+            self.objective,
+            train,
+            meta,
+            beginning,
+            losses,
+            weights,
+            parameters,
+            accumulated,
+            update,
+            scale,
+            self._grad_scale(losses.losses.device),
         )
+        hypergradient, self.estimator = estimate(self.estimator, problem)
+        after.restore()  # buffers too: checkpointing runs the model again in each backward
         values = (losses.losses, hypergradient.meta_loss.value, hypergradient.value)
         nonfinite = torch.stack([~value.detach().isfinite().all() for value in values])
         ok = ~nonfinite.any()
+        assert self.reweighter_optimizer is not None
+        self.reweighter_optimizer.zero_grad(set_to_none=True)
         weights.backward(hypergradient.value)
-        step_where(self.reweighter_optimizer, ok)
+        undo = step_where(self.reweighter_optimizer, ok)
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
-        return Update(hypergradient, nonfinite)
+        return Update(hypergradient, nonfinite, undo)
+
+    def _weights(self, losses: ExitLosses) -> Tensor:
+        weights: Tensor = self.reweighter(losses)
+        if weights.shape != losses.losses.shape:
+            raise ValueError(
+                f"`reweighter` must return weights of the shape of the losses, "
+                f"{list(losses.losses.shape)}, got {list(weights.shape)}."
+            )
+        return weights
 
     def _held_parameters(self) -> Parameters:
-        """θ: the trainable parameters of the model that the optimizer moves, by name."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and id(parameter) in held
-        }
+        return held_parameters(self.model, self.optimizers)
+
+    def _grad_scale(self, device: torch.device) -> Tensor:
+        one = torch.ones((), device=device)
+        return one if self.scaler is None else self.scaler.scale(one)
 
     def _attention(self) -> AbstractContextManager[None]:
         return plain_attention() if self.estimator == "unrolled" else nullcontext()
 
-    def _warn_if_cold(self) -> None:
+    def _warn_if_cold(self, *, accumulating: bool) -> None:
         """Any Adam is cold at its first step; it is a mistake only if it stays so."""
-        cold = is_cold(self.optimizer)
-        if cold and self._was_cold:
+        cold = [type(one).__name__ for one in self.optimizers if is_cold(one)]
+        if cold and self._was_cold and not accumulating:
             warnings.warn(
-                f"{type(self.optimizer).__name__} still has no state: its next step is the sign of "
-                "the gradient, which hardly depends on the weights, so the reweighter learns "
-                "nothing. Call optimizer.step() after each call.",
+                f"{cold[0]} still has no state: its next step is the sign of the gradient, which "
+                "hardly depends on the weights, so the reweighter learns nothing. Call "
+                "optimizer.step() after each call.",
                 stacklevel=4,
             )
-        self._was_cold = cold
-
-
-def _with_graph(losses: ExitLosses) -> ExitLosses:
-    if not losses.losses.requires_grad:
-        raise ValueError(
-            "`model` must return logits that depend on a trainable parameter, got losses without a "
-            "graph. Are all parameters frozen, or gradients switched off?"
-        )
-    return losses
+        self._was_cold = bool(cold)

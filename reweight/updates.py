@@ -1,22 +1,35 @@
 """The pseudo update θ̂ = U(θ, ∇θ L_tr): the optimizer's next step, made differentiable.
 
 It starts from the param groups, learning rates and state of the real optimizer and changes none of
-them. torchopt carries the moments; sign, weight decay and step size stand here.
+them. Rules that torchopt has are in :mod:`reweight.rules`; what it lacks runs as the stock class of
+``torch.optim`` on copies, and an optimizer of torchopt itself as it is.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import CellType
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torchopt
-from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torchopt.transform.scale_by_adam import ScaleByAdamState
-from torchopt.transform.trace import TraceState
+from torch import Tensor, nn, optim
+from torchopt.base import GradientTransformation, UninitializedState
+
+from reweight.rules import RULES, SECOND_MOMENTS, Group
 
 Parameters: TypeAlias = dict[str, Tensor]
-Group: TypeAlias = dict[str, Any]
-States: TypeAlias = list[dict[str, Any]]
+AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
+Exactness: TypeAlias = Literal["exact", "gradient_descent"]
+
+_STOCK = (optim.Adam, optim.AdamW, optim.NAdam, optim.ASGD)  # the first two for AMSGrad
+_REFUSED = {
+    "Rprop": "its step follows the sign of the gradient alone, which has no derivative",
+    "LBFGS": "its step evaluates the loss several times, with a closure",
+    "SparseAdam": "its step is defined for sparse gradients alone, which have no second derivative",
+    "Adafactor": "PyTorch has no differentiable form of it",
+    "Muon": "PyTorch has no differentiable form of it",
+}
 
 
 class PseudoUpdate(NamedTuple):
@@ -33,15 +46,20 @@ class PseudoUpdate(NamedTuple):
 
 
 def pseudo_update(
-    optimizer: Optimizer, parameters: Parameters, gradients: Parameters
+    optimizers: Sequence[AnyOptimizer],
+    parameters: Parameters,
+    gradients: Parameters,
+    exactness: Exactness = "exact",
 ) -> PseudoUpdate:
-    """What the parameters would be after ``optimizer.step()`` with these gradients.
+    """What the parameters would be after the next step of every optimizer.
 
     Args:
-        optimizer: SGD, Adam or AdamW of ``torch.optim``, see :func:`check_optimizer`.
+        optimizers: as :func:`as_optimizers` gives them.
         parameters: θ by name.
-        gradients: by name; a parameter that has none, or that the optimizer does not hold, stays
-            where it is, as in ``torch.optim``.
+        gradients: by name; a parameter that has none, or that no optimizer holds, stays where it
+            is, as in ``torch.optim``.
+        exactness: "gradient_descent" takes θ̂ = θ − α·gradient with the optimizer's own learning
+            rate for its step: an approximation, for optimizers that cannot be differentiated.
 
     Returns:
         :class:`PseudoUpdate`.
@@ -49,153 +67,223 @@ def pseudo_update(
     names = {id(parameters[name]): name for name in gradients}
     updated = {name: parameter.detach() for name, parameter in parameters.items()}
     num_zero_moments: Tensor | int = 0
-    for group in optimizer.param_groups:
-        held = [names[id(p)] for p in group["params"] if id(p) in names]
-        if not held:
-            continue
-        moved, num_zero = _RULES[type(optimizer)](
-            group,
-            [optimizer.state.get(parameters[name], {}) for name in held],
-            [updated[name] for name in held],
-            [-gradients[name] if group["maximize"] else gradients[name] for name in held],
-        )
-        updated.update(zip(held, moved, strict=True))
-        num_zero_moments = num_zero_moments + num_zero
+    for optimizer in optimizers:
+        for index, group in enumerate(_groups(optimizer)):
+            held = [names[id(p)] for p in group["params"] if id(p) in names]
+            if not held:
+                continue
+            now = [parameters[name] for name in held]
+            moving = [gradients[name] for name in held]
+            num_zero: Tensor | int = 0
+            if exactness == "gradient_descent":
+                moved = [p - group["lr"] * g for p, g in zip(now, moving, strict=True)]
+            elif isinstance(optimizer, torchopt.Optimizer):
+                moved, num_zero = _by_torchopt(optimizer, index, now, moving)
+            else:
+                moved, num_zero = _by_torch(optimizer, group, now, moving)
+            updated.update(zip(held, moved, strict=True))
+            num_zero_moments = num_zero_moments + num_zero
     return PseudoUpdate(updated, num_zero_moments)
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse, with a reason, an optimizer whose step has no rule here.
+def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOptimizer, ...]:
+    """One optimizer or several as a tuple; a bare transformation of torchopt gets an optimizer."""
+    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    if isinstance(optimizer, GradientTransformation):  # a tuple itself
+        several = [torchopt.Optimizer(parameters, optimizer)]
+    for one in several:
+        if not isinstance(one, optim.Optimizer | torchopt.Optimizer):
+            raise TypeError(
+                "`optimizer` must be an optimizer of torch.optim or torchopt, a gradient "
+                f"transformation of torchopt, or a list of optimizers, got {type(one).__name__}."
+            )
+    return tuple(several)
+
+
+def held_by(optimizers: Sequence[AnyOptimizer]) -> Iterator[Tensor]:
+    """The parameters of all groups."""
+    for optimizer in optimizers:
+        for group in _groups(optimizer):
+            yield from group["params"]
+
+
+def has_complex(parameters: Parameters) -> bool:
+    """Whether a parameter is complex: Adam treats its parts apart, the rules do not."""
+    return any(parameter.is_complex() for parameter in parameters.values())
+
+
+def held_parameters(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> Parameters:
+    """θ: the trainable parameters of the model that an optimizer moves, by name."""
+    held = {id(parameter) for parameter in held_by(optimizers)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) in held
+    }
+
+
+def _groups(optimizer: AnyOptimizer) -> list[Group]:
+    """The param groups, in the form of torch.optim."""
+    if isinstance(optimizer, torchopt.Optimizer):
+        return [{"params": members} for members in optimizer.param_groups]
+    return optimizer.param_groups
+
+
+def check_differentiable(optimizer: AnyOptimizer) -> None:
+    """Refuse, with the reason, an optimizer whose step cannot be differentiated.
 
     Raises:
-        TypeError: not SGD, Adam or AdamW itself (a subclass may do anything in its ``step``).
-        ValueError: AMSGrad, which torchopt has no rule for.
+        TypeError: Adafactor, LBFGS, Muon, Rprop, SparseAdam, or a class that is not of torch.optim
+            (a subclass may do anything in its ``step``).
     """
-    if type(optimizer) not in _RULES:
-        raise TypeError(
-            f"`optimizer` must be one of {', '.join(rule.__name__ for rule in _RULES)} of "
-            f"torch.optim, whose step can be differentiated here, got {type(optimizer).__name__}."
-        )
-    if any(group.get("amsgrad") for group in optimizer.param_groups):
-        raise ValueError(
-            "`optimizer` must not use amsgrad, whose step cannot be differentiated here, got "
-            "amsgrad=True. Use amsgrad=False."
-        )
+    if isinstance(optimizer, torchopt.Optimizer) or type(optimizer) in (*RULES, *_STOCK):
+        return
+    name = type(optimizer).__name__
+    known = type(optimizer).__module__.startswith("torch.optim")
+    reason = _REFUSED.get(name) if known else None
+    raise TypeError(
+        f"`optimizer` must have a step that can be differentiated, got {name}: "
+        f"{reason or 'it is not a class of torch.optim, so its step is not known here'}. Use "
+        f"{', '.join(sorted({rule.__name__ for rule in (*RULES, *_STOCK)}))} or an optimizer of "
+        "torchopt, or pass pseudo_update='gradient_descent' to take a plain gradient step for it, "
+        "which is an approximation."
+    )
 
 
-def is_cold(optimizer: Optimizer) -> bool:
+def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
+    """As ``torch.nn.utils.clip_grad_norm_`` does, differentiably and not in place."""
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def is_cold(optimizer: AnyOptimizer) -> bool:
     """Whether this is an Adam without state: its step is sign(g) then, with derivative about 0."""
-    return isinstance(optimizer, Adam | AdamW) and not any(optimizer.state.values())
-
-
-def step_where(optimizer: Optimizer, ok: Tensor) -> None:
-    """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
-
-    Takes the gradients away afterwards. State kept on another device than ``ok`` (the step count of
-    Adam, which lives on the CPU) moves on in either case.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad = torch.where(ok, parameter.grad, 0)
-    before = _tensors(optimizer, parameters)
-    before = {key: value.detach().clone() for key, value in before.items()}
-    optimizer.step()
-    with torch.no_grad():
-        for key, value in _tensors(optimizer, parameters).items():
-            if value.device == ok.device:
-                value.copy_(torch.where(ok, value, before.get(key, torch.zeros_like(value))))
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _tensors(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[int, str], Tensor]:
-    """The parameters and all tensors of their state."""
-    tensors = {(i, ""): parameter for i, parameter in enumerate(parameters)}
-    for i, parameter in enumerate(parameters):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[i, name] = value
-    return tensors
-
-
-def _sgd(
-    group: Group, states: States, parameters: list[Tensor], descents: list[Tensor]
-) -> tuple[list[Tensor], Tensor | int]:
-    """SGD: b = μb + (1−τ)d (d itself at first), θ̂ = θ − α·b, or θ − α·(d + μb) for Nesterov."""
-    decay = group["weight_decay"]
-    if decay != 0:
-        descents = [d.add(p, alpha=decay) for d, p in zip(descents, parameters, strict=True)]
-    buffers = [state.get("momentum_buffer") for state in states]
-    steps: list[Any] = [None] * len(descents)
-    for fresh in (True, False):
-        chosen = [i for i, buffer in enumerate(buffers) if (buffer is None) == fresh]
-        if not chosen:
-            continue
-        trace = torchopt.transform.trace(group["momentum"], group["dampening"], group["nesterov"])
-        if not fresh:  # the first call of a transformation takes its state for empty: spend it
-            trace.update((), TraceState(trace=()), inplace=False)
-        state = TraceState(
-            tuple(torch.zeros_like(parameters[i]) if fresh else buffers[i] for i in chosen)
-        )
-        result, _ = trace.update(tuple(descents[i] for i in chosen), state, inplace=False)
-        for i, step in zip(chosen, result, strict=True):
-            steps[i] = step
-    return [p - group["lr"] * s for p, s in zip(parameters, steps, strict=True)], 0
-
-
-def _adam(
-    group: Group, states: States, parameters: list[Tensor], descents: list[Tensor]
-) -> tuple[list[Tensor], Tensor | int]:
-    """Adam: m = β₁m + (1−β₁)d, n = β₂n + (1−β₂)d², θ̂ = θ − α·m̂ / (√n̂ + ε); AdamW shrinks θ."""
-    lr, decay = group["lr"], group["weight_decay"]
-    if decay != 0:
-        if group.get("decoupled_weight_decay"):
-            parameters = [p * (1 - lr * decay) for p in parameters]
-        else:
-            descents = [d.add(p, alpha=decay) for d, p in zip(descents, parameters, strict=True)]
-
-    def moments(name: str) -> tuple[Tensor, ...]:
-        pairs = zip(states, parameters, strict=True)
-        return tuple(state[name] if state else torch.zeros_like(p) for state, p in pairs)
-
-    second_moments = moments("exp_avg_sq")
-    descents, num_zero = _without_zero_moments(descents, second_moments)
-    # Counted in float64: β**count would otherwise be rounded to float32.
-    counts = tuple(
-        torch.as_tensor(state.get("step", 0.0), dtype=torch.float64, device=p.device)
-        for state, p in zip(states, parameters, strict=True)
+    kinds = (optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax, optim.Adagrad)
+    return isinstance(optimizer, kinds) and not any(
+        "step" in state and state["step"] is not None for state in optimizer.state.values()
     )
-    beta1, beta2 = group["betas"]
-    transformation = torchopt.transform.scale_by_adam(beta1, beta2, group["eps"])
-    steps, _ = transformation.update(
-        tuple(descents), ScaleByAdamState(moments("exp_avg"), second_moments, counts), inplace=False
-    )
-    return [p - lr * s for p, s in zip(parameters, steps, strict=True)], num_zero
 
 
-def _adamw(
-    group: Group, states: States, parameters: list[Tensor], descents: list[Tensor]
-) -> tuple[list[Tensor], Tensor | int]:
-    return _adam({**group, "decoupled_weight_decay": True}, states, parameters, descents)
-
-
-def _without_zero_moments(
-    descents: list[Tensor], second_moments: Sequence[Tensor]
+def _by_torch(
+    optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """Take the derivative of d/√n as 0, not NaN, where both are 0, and count such entries."""
-    num_zero = torch.zeros((), dtype=torch.int64, device=descents[0].device)
-    guarded = []
-    for descent, second_moment in zip(descents, second_moments, strict=True):
-        zero = (descent.detach() == 0) & (second_moment == 0)
-        num_zero = num_zero + zero.sum()
-        descent = descent.view_as(descent)
-        if descent.requires_grad:
-            descent.register_hook(lambda gradient, zero=zero: gradient.masked_fill(zero, 0))
-        guarded.append(descent)
-    return guarded, num_zero
+    """One group of an optimizer of torch.optim."""
+    sign, decay = -1 if group.get("maximize") else 1, group.get("weight_decay", 0)
+    decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    coupled = 0 if decoupled else decay
+    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+    second_moment = SECOND_MOMENTS.get(type(optimizer))
+    if second_moment is not None:
+        # A new moment of 0: the old one is, and the square of the descent, which may underflow.
+        share = 1 - group.get("alpha", group.get("betas", (0, 0))[-1])
+        least = group["eps"] if type(optimizer) is optim.Adamax else 0  # what it adds to the moment
+        masks = [
+            (state.get(second_moment, zero) <= least)
+            & (share * (sign * g.detach() + coupled * p.detach()).square() == 0)
+            for p, g, state in zip(parameters, gradients, states, strict=True)
+        ]
+        gradients = [_cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
+        zero = torch.stack([mask.sum() for mask in masks]).sum()
+    if type(optimizer) not in RULES or group.get("amsgrad"):
+        return _by_stock_class(optimizer, group, parameters, gradients), zero
+
+    descents = tuple(sign * g for g in gradients) if sign < 0 else tuple(gradients)
+    start = [p.detach() for p in parameters]
+    if coupled != 0:
+        descents = tuple(d.add(p, alpha=coupled) for d, p in zip(descents, start, strict=True))
+    elif decay != 0:
+        start = [p * (1 - group["lr"] * decay) for p in start]
+    steps = RULES[type(optimizer)](group, states, descents)
+    moved = [p - group["lr"] * s for p, s in zip(start, steps, strict=True)]
+    return [m.to(p.dtype) for m, p in zip(moved, parameters, strict=True)], zero
 
 
-_Rule: TypeAlias = Callable[
-    [Group, States, list[Tensor], list[Any]], tuple[list[Tensor], Tensor | int]
-]
-_RULES: dict[type[Optimizer], _Rule] = {SGD: _sgd, Adam: _adam, AdamW: _adamw}
+def _by_stock_class(
+    optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
+) -> list[Tensor]:
+    """One group, by the class itself with ``differentiable=True``, on copies of all it changes."""
+    copies = [p.detach().clone().requires_grad_().clone() for p in parameters]  # no leaves
+    settings = {**group, "params": copies, "differentiable": True, "foreach": False}
+    if "fused" in group:
+        settings["fused"] = False
+    twin = type(optimizer)([settings], differentiable=True)  # type: ignore[call-arg]
+    for p, moving, gradient in zip(parameters, copies, gradients, strict=True):
+        state = copy.deepcopy(optimizer.state.get(p, {}))
+        if type(optimizer) is not optim.ASGD:
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                state.setdefault(name, torch.zeros_like(p))
+            state.setdefault("mu_product", torch.ones(()))
+            # In float64: β**step would otherwise be rounded to float32.
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float64)
+        if state:
+            twin.state[moving] = state
+        moving.grad = gradient
+    twin.step()
+    return copies
+
+
+def _by_torchopt(
+    optimizer: torchopt.Optimizer, index: int, parameters: list[Tensor], gradients: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """One group of an optimizer of torchopt."""
+    members: Any = optimizer.param_groups[index]
+    given = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
+    state = optimizer.state_groups[index]
+    if isinstance(state, UninitializedState):
+        state = optimizer.impl.init(members)
+    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+    for second_moments in _second_moments(state):
+        for p, second_moment in zip(members, second_moments, strict=True):
+            if id(p) in given:
+                mask = (given[id(p)].detach() == 0) & (second_moment == 0)
+                given[id(p)] = _cut(given[id(p)], mask)
+                zero = zero + mask.sum()
+    start = tuple(p.detach() for p in members)
+    with _first_call_kept(optimizer.impl):
+        updates, _ = optimizer.impl.update(
+            tuple(given.get(id(p)) for p in members), state, params=start, inplace=False
+        )
+    moved = {id(p): s + u for p, s, u in zip(members, start, updates, strict=True) if u is not None}
+    return [moved[id(p)] for p in parameters], zero
+
+
+def _cut(gradient: Tensor, mask: Tensor) -> Tensor:
+    """The same values, with derivative 0 where the mask holds."""
+    return torch.where(mask, gradient.detach(), gradient)
+
+
+def _second_moments(state: Any) -> Iterator[Sequence[Tensor]]:
+    """What the transformations in this state divide by the root of."""
+    for name in ("nu", "sum_of_squares"):
+        if hasattr(state, name):
+            yield getattr(state, name)
+    if type(state) in (tuple, list):
+        for part in state:
+            yield from _second_moments(part)
+
+
+@contextmanager
+def _first_call_kept(impl: Any) -> Iterator[None]:
+    """Torchopt's momentum remembers outside its state whether it was called: make it forget."""
+    cells = [(cell, cell.cell_contents) for cell in _first_call_cells(impl.update)]
+    try:
+        yield
+    finally:
+        for cell, value in cells:
+            cell.cell_contents = value
+
+
+def _first_call_cells(function: Any) -> Iterator[CellType]:
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    for name, cell in zip(
+        code.co_freevars if code else (), getattr(function, "__closure__", None) or (), strict=True
+    ):
+        content = cell.cell_contents
+        if name == "first_call":
+            yield cell
+        for inner in content if isinstance(content, list | tuple) else (content,):
+            if callable(inner):
+                yield from _first_call_cells(inner)

@@ -4,8 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torchopt
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
 NUM_CLASSES = 4
 Batch = tuple[Tensor, Tensor]
@@ -124,11 +137,53 @@ UPDATE_RULES: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd_maximize": lambda model: SGD(
         model.parameters(), lr=0.01, momentum=0.5, weight_decay=0.1, maximize=True
     ),
-    "sgd_tensor_lr": lambda model: SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9),
+    "sgd_tensor_lr": lambda model: SGD(
+        model.parameters(), lr=torch.tensor(0.1).double(), momentum=0.9
+    ),
+    "sgd_foreach": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True),
     "adam_eps_betas": lambda model: Adam(
         model.parameters(), lr=0.01, betas=(0.8, 0.9), eps=1e-3, maximize=True
     ),
+    "adam_amsgrad": lambda model: Adam(two_groups(model), lr=0.01, amsgrad=True),
+    "adam_fused": lambda model: Adam(model.parameters(), lr=0.01, fused=True),
     "adamw_foreach": lambda model: AdamW(model.parameters(), lr=0.01, foreach=True),
+    "adamw_amsgrad": lambda model: AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    "adamw_tensor_lr": lambda model: AdamW(model.parameters(), lr=torch.tensor(0.01).double()),
+    "rmsprop": lambda model: RMSprop(model.parameters(), lr=0.01, weight_decay=0.1),
+    "rmsprop_centered_momentum": lambda model: RMSprop(
+        two_groups(model), lr=0.01, centered=True, momentum=0.9
+    ),
+    "adagrad": lambda model: Adagrad(model.parameters(), lr=0.1, weight_decay=0.1),
+    "adagrad_lr_decay": lambda model: Adagrad(
+        two_groups(model), lr=0.1, lr_decay=0.1, initial_accumulator_value=0.3
+    ),
+    "adadelta": lambda model: Adadelta(two_groups(model), lr=1.0),
+    "radam": lambda model: RAdam(two_groups(model), lr=0.01),
+    "radam_decoupled": lambda model: RAdam(
+        model.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "radam_rectified": lambda model: RAdam(model.parameters(), lr=0.01, betas=(0.5, 0.999)),
+    "adamax": lambda model: Adamax(two_groups(model), lr=0.01),
+    "nadam": lambda model: NAdam(two_groups(model), lr=0.01),
+    "nadam_decoupled": lambda model: NAdam(
+        model.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "asgd": lambda model: ASGD(two_groups(model), lr=0.1),
+}
+"""Every rule, with and without what changes it; the first steps of RAdam are not rectified."""
+
+TORCHOPT: dict[str, Callable[[tuple[Tensor, ...]], torchopt.Optimizer]] = {
+    "sgd": lambda parameters: torchopt.SGD(parameters, lr=0.1),
+    "sgd_dampening": lambda parameters: torchopt.SGD(
+        parameters, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1
+    ),
+    "sgd_nesterov": lambda parameters: torchopt.SGD(
+        parameters, lr=0.1, momentum=0.9, nesterov=True
+    ),
+    "adamw": lambda parameters: torchopt.AdamW(parameters, lr=0.01),
+    "rmsprop_momentum": lambda parameters: torchopt.RMSProp(parameters, lr=0.01, momentum=0.9),
+    "adagrad": lambda parameters: torchopt.Adagrad(parameters, lr=0.1),
+    "adamax": lambda parameters: torchopt.AdaMax(parameters, lr=0.01),
 }
 
 

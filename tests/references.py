@@ -89,6 +89,44 @@ def meta_objective(
     return value
 
 
+def stock_hypergradient(
+    model: nn.Module,
+    optimizer: Optimizer,
+    weights: Tensor,
+    train: Batch,
+    meta: Batch,
+    meta_loss: Callable[[list[Tensor], Tensor], Tensor],
+) -> Tensor:
+    """∂L_meta/∂w by double backward through the stock class with ``differentiable=True``."""
+    names = [name for name, _ in model.named_parameters()]
+    leaves = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    logits = torch.func.functional_call(model, dict(zip(names, leaves, strict=True)), (train[0],))
+    losses = torch.stack([F.cross_entropy(z, train[1], reduction="none") for z in logits], 1)
+    weights = weights.detach().requires_grad_()
+    gradients = torch.autograd.grad(
+        (weights * losses).mean(0).sum(), leaves, create_graph=True, allow_unused=True
+    )
+    moving = [leaf.clone() for leaf in leaves]
+    moved = {id(p): clone for p, clone in zip(model.parameters(), moving, strict=True)}
+    groups = [
+        {**group, "params": [moved[id(p)] for p in group["params"]], "differentiable": True}
+        for group in optimizer.param_groups
+    ]
+    for group in groups:
+        group.update(foreach=False, **({"fused": False} if "fused" in group else {}))
+    stock = type(optimizer)(groups, differentiable=True)
+    for parameter, state in optimizer.state.items():
+        state = copy.deepcopy(state)
+        if "step" in state:  # kept in float32 by fused optimizers, which would round β**step to it
+            state["step"] = state["step"].double()
+        stock.state[moved[id(parameter)]] = state
+    for clone, gradient in zip(moving, gradients, strict=True):
+        clone.grad = gradient
+    stock.step()
+    logits = torch.func.functional_call(model, dict(zip(names, moving, strict=True)), (meta[0],))
+    return torch.autograd.grad(meta_loss(logits, meta[1]), weights)[0]
+
+
 def copy_together(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """Copies of both, the optimizer's copy holding the parameters of the model's copy."""
     return copy.deepcopy((model, optimizer))

@@ -126,7 +126,7 @@ def test_budgeted_curve_by_hand() -> None:
     assert point.accuracy == 0.5
     assert point.cost == 20.0
     assert point.shares.tolist() == [0.5, 0.5]
-    assert anytime_accuracy(correct).tolist() == [0.25, 0.75]
+    assert anytime_accuracy(split).tolist() == [0.25, 0.75]
 
 
 def test_budgeted_curve_runs_from_cheap_to_dear() -> None:
@@ -146,7 +146,7 @@ def test_budgeted_curve_runs_from_cheap_to_dear() -> None:
         (lambda: find_thresholds(torch.rand(4, 3), exit_shares(2, 1.0)), r"\[3\], got \[2\]"),
         (
             lambda: budgeted_curve(*[ExitLosses(torch.zeros(2, 2), torch.zeros(2, 2))] * 2, [1, 2]),
-            "correctness",
+            "must carry correct",
         ),
         (
             lambda: budgeted_curve(

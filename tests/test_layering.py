@@ -13,11 +13,12 @@ PACKAGE = Path(reweight.__file__).parent
 ORDER = [
     "losses",
     "budget",
-    "costs",
     "batches",
     "forwards",
+    "costs",
     "reweighter",
     "objectives",
+    "rules",
     "updates",
     "hypergradient",
     "result",

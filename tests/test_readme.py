@@ -75,5 +75,5 @@ def test_commands_are_single_lines_that_set_everything_up() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
