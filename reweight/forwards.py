@@ -35,8 +35,13 @@ class ExitForward:
         self._holder = _Holder(model)
 
     def __call__(self, inputs: Any, target: Any) -> ExitLosses:
-        """The user's own forward: buffers move as they do in any training step."""
-        return self._losses(call(self._model, inputs), target)
+        """The user's own forward: buffers move as they do in any training step.
+
+        Uncompiled, since compiled graphs can be run backward only once.
+        """
+        with _uncompiled():
+            outputs = call(self._model, inputs)
+        return self._losses(outputs, target)
 
     def at(
         self,
@@ -196,7 +201,7 @@ class CutWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the function; looks at which it is."""
-        if func in _CUTS or not torch.is_grad_enabled():
+        if func in _CUTS or (func is torch._C._set_grad_enabled and args == (False,)):
             self.seen = True
         return func(*args, **(kwargs or {}))
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -246,11 +246,11 @@ def _load_forward_mode() -> None:
 
 
 def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ...]:
-    """Gradients, 0 where nothing depends on an input."""
+    """Gradients, 0 where nothing depends on an input, and never sparse."""
     gradients = torch.autograd.grad(
         outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
     )
-    return cast(tuple[Tensor, ...], gradients)
+    return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
 
 
 def _leaves(tensors: Parameters) -> Parameters:

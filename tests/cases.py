@@ -41,12 +41,12 @@ class MultiExit(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layer: type[nn.RNNBase] = nn.GRU, width: int = 5) -> None:
         super().__init__()
-        self.gru = nn.GRU(5, 5, batch_first=True)
+        self.layer = layer(width, width, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0]
+        return self.layer(x)[0]
 
 
 class LastToken(nn.Module):

@@ -1,0 +1,387 @@
+"""What models can be trained, and how: each row of docs/compatibility.md is a test here.
+
+The oracle is the meta objective itself: its slope along a random change of the weights, by central
+differences around a real step of the real optimizer.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
+
+from cases import NUM_CLASSES, MultiExit, Recurrent, conventional_loss, warm_up
+from references import meta_objective
+from reweight import MeanObjective, MetaReweightStep
+
+WIDTH, TOKENS = 6, 4
+EXACT, DIFFERENCES, REFUSED = "exactly", "by finite differences", "refused"
+
+
+class Last(nn.Module):
+    """An exit on the last token, or on the features themselves."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x[:, -1] if x.dim() == 3 else x)
+
+
+def net(*blocks: nn.Module) -> nn.Module:
+    """Blocks with an exit after each of the last two."""
+    return MultiExit(list(blocks), [Last(), Last()])
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+class Convolutions(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module], channels_last: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), norm(4)
+        self.out = nn.Linear(4 * WIDTH, WIDTH)
+        if channels_last:
+            self.conv.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), 1, 1, WIDTH)
+        return self.out(self.norm(self.conv(x)).tanh().flatten(1))
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = torch.rand(len(x), 1) < 0.7
+        return x + keep * self.body(x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, WIDTH, **options)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, WIDTH)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.bag(tokens)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=self.use_reentrant).tanh()
+
+
+class Calls(nn.Module):
+    """A block with something in its forward."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.function = linear(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.body(x))
+
+
+def normalised_without_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.norm()
+    return x / scale * 3
+
+
+def branch_without_gradient(x: Tensor) -> Tensor:
+    return x + (x * 2 if torch.is_grad_enabled() else x * 5)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class MovingScale(nn.Module):
+    """Reads a buffer and then moves it, one in place and one by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = linear()
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("count", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x) * self.scale.clone() / self.count.sqrt()
+        self.scale.mul_(0.9).add_(0.1 * x.detach().abs().mean())
+        self.count = self.count + 1
+        return x
+
+
+def compiled(backend: str) -> nn.Module:
+    torch.compiler.reset()
+    return torch.compile(net(linear(), linear(), linear()), backend=backend)
+
+
+def with_unused() -> nn.Module:
+    model = net(linear(), linear(), linear())
+    model.unused = nn.Linear(2, 2)
+    return model
+
+
+def with_shared() -> nn.Module:
+    shared = linear()
+    return net(shared, linear(), shared)
+
+
+def with_tied() -> nn.Module:
+    model = net(linear(), linear(), linear())
+    model.blocks[1][0].weight = model.blocks[0][0].weight
+    return model
+
+
+def with_frozen() -> nn.Module:
+    model = net(linear(), linear(), linear())
+    model.blocks[0].requires_grad_(False)
+    return model
+
+
+def in_eval(model: nn.Module) -> nn.Module:
+    return model.eval()
+
+
+def encoder(dropout: float) -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=dropout, batch_first=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    build: Callable[[], nn.Module]
+    how: str = EXACT
+    inputs: str = "features"
+    optimizer: Callable[..., torch.optim.Optimizer] = Adam
+    cuts: bool = False  # so that differences see what gradients do not
+
+
+ROWS = {
+    "BatchNorm": Row(lambda: net(Convolutions(nn.BatchNorm2d), linear())),
+    "BatchNorm in evaluation mode": Row(
+        lambda: in_eval(net(Convolutions(nn.BatchNorm2d), linear()))
+    ),
+    "GroupNorm": Row(lambda: net(Convolutions(lambda width: nn.GroupNorm(2, width)), linear())),
+    "LayerNorm": Row(lambda: net(linear(), nn.LayerNorm(WIDTH))),
+    "channels_last": Row(lambda: net(Convolutions(nn.BatchNorm2d, channels_last=True), linear())),
+    "dropout": Row(lambda: net(linear(), nn.Sequential(linear(), nn.Dropout(0.5)))),
+    "stochastic depth": Row(lambda: net(StochasticDepth(), StochasticDepth())),
+    "nn.MultiheadAttention, fused": Row(
+        lambda: net(SelfAttention(False), SelfAttention(False)), inputs="sequence"
+    ),
+    "nn.MultiheadAttention with weights": Row(
+        lambda: net(SelfAttention(True), linear()), inputs="sequence"
+    ),
+    "nn.TransformerEncoderLayer, dropout": Row(
+        lambda: net(encoder(0.2), encoder(0.2)), inputs="sequence"
+    ),
+    "nn.TransformerEncoderLayer, fused": Row(
+        lambda: net(encoder(0.0), encoder(0.0)), inputs="sequence"
+    ),
+    "nn.TransformerEncoderLayer, fast path in evaluation mode": Row(
+        lambda: in_eval(net(encoder(0.1), encoder(0.1))), inputs="sequence"
+    ),
+    "GRU": Row(lambda: net(Recurrent(nn.GRU, WIDTH), Recurrent(nn.GRU, WIDTH)), inputs="sequence"),
+    "LSTM": Row(
+        lambda: net(Recurrent(nn.LSTM, WIDTH), Recurrent(nn.LSTM, WIDTH)), inputs="sequence"
+    ),
+    "embedding with padding": Row(lambda: net(Embedded(padding_idx=0), linear()), inputs="tokens"),
+    "embedding with sparse gradients": Row(
+        lambda: net(Embedded(sparse=True), linear()), inputs="tokens", optimizer=SGD
+    ),
+    "nn.EmbeddingBag": Row(lambda: net(Bag(), linear()), DIFFERENCES, inputs="tokens"),
+    "weight_norm": Row(
+        lambda: net(linear(), parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))), DIFFERENCES
+    ),
+    "spectral_norm": Row(
+        lambda: net(linear(), parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))), cuts=True
+    ),
+    "activation checkpointing, not reentrant": Row(lambda: net(Checkpointed(False), linear())),
+    "activation checkpointing, reentrant": Row(lambda: net(linear(), Checkpointed(True)), REFUSED),
+    "torch.compile, eager": Row(lambda: compiled("eager")),
+    "torch.compile, aot_eager": Row(lambda: compiled("aot_eager")),
+    "tied parameters": Row(with_tied),
+    "frozen parameters": Row(with_frozen),
+    "shared modules": Row(with_shared),
+    "unused parameters": Row(with_unused),
+    "lazy modules": Row(lambda: net(linear(), nn.LazyLinear(WIDTH))),
+    "buffers read and moved by the forward": Row(lambda: net(MovingScale(), linear())),
+    "gradient scaling, x·s + (x·(1−s)).detach()": Row(
+        lambda: net(linear(), Calls(lambda x: x * 0.3 + (x * 0.7).detach())), cuts=True
+    ),
+    "detach": Row(lambda: net(linear(), Calls(lambda x: x * x.detach())), cuts=True),
+    "torch.no_grad in the forward": Row(
+        lambda: net(Calls(normalised_without_gradient), linear()), cuts=True
+    ),
+    "a branch on torch.is_grad_enabled": Row(
+        lambda: net(linear(), Calls(branch_without_gradient)), cuts=True
+    ),
+    "autograd.Function without jvp": Row(lambda: net(linear(), Calls(Square.apply)), DIFFERENCES),
+}
+
+
+def batch(inputs: str, seed: int, num_samples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
+    if inputs == "tokens":
+        return torch.randint(9, (num_samples, TOKENS), generator=generator), target
+    shape = (num_samples, TOKENS, WIDTH) if inputs == "sequence" else (num_samples, WIDTH)
+    return torch.randn(shape, generator=generator, dtype=torch.float64), target
+
+
+class Fixed(nn.Module):
+    """Weights that are parameters, whose gradient is the hypergradient itself."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, losses) -> Tensor:
+        return self.weights
+
+
+def set_up(row: Row):
+    torch.manual_seed(0)
+    model = row.build().double()
+    train, meta = batch(row.inputs, seed=1), batch(row.inputs, seed=2)
+    model(train[0])  # lazy modules find their shapes
+    optimizer = row.optimizer(model.parameters(), lr=0.01)
+    return model, optimizer, train, meta
+
+
+def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Tensor) -> float:
+    twin = copy.deepcopy(step)
+    twin.estimator = "unrolled"
+    weights = twin.reweighter.weights.detach().clone()
+    twin.update_reweighter(train, meta)
+    return ((weights - twin.reweighter.weights.detach()) * direction).sum().item()
+
+
+@pytest.mark.parametrize("through", ["backward", "update_reweighter"])
+@pytest.mark.parametrize("name", ROWS)
+def test_model(name: str, through: str, caplog) -> None:
+    row = ROWS[name]
+    model, optimizer, train, meta = set_up(row)
+    reweighter = Fixed(torch.rand(8, 2, dtype=torch.float64) + 0.5)
+    weights = reweighter.weights.detach().clone()
+    step = MetaReweightStep(
+        model,
+        optimizer,
+        reweighter,
+        reweighter_optimizer=SGD(reweighter.parameters(), lr=1.0),
+        objective=MeanObjective(),
+    )
+    if row.how == REFUSED:
+        with pytest.raises(RuntimeError, match="use_reentrant=True"):
+            getattr(step, through)(train, meta)
+        return
+    warm_up(model, optimizer, train)
+    plain = getattr(model, "_orig_mod", model)
+    direction = torch.randn(8, 2, dtype=torch.float64)
+    before = copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
+    if row.cuts:
+        slope = slope_by_double_backward(step, train, meta, direction)
+    else:
+        values = [
+            meta_objective(
+                plain,
+                optimizer,
+                Fixed(weights + sign * 1e-4 * direction),
+                train,
+                meta,
+                conventional_loss,
+            )
+            for sign in (1, -1)
+        ]
+        slope = (values[0] - values[1]) / 2e-4
+    with caplog.at_level(logging.WARNING, "reweight"):
+        getattr(step, through)(train, meta)
+    hypergradient = weights - reweighter.weights.detach()
+    assert step.estimator == {EXACT: "forward", DIFFERENCES: "finite_difference"}[row.how]
+    logged = [record.message for record in caplog.records if record.name == "reweight"]
+    assert len(logged) == (row.how == DIFFERENCES), "one line that names the operation"
+    tolerance = 1e-5 if row.how == EXACT else 1e-3
+    assert (hypergradient * direction).sum().item() == pytest.approx(slope, rel=tolerance)
+    if through == "update_reweighter":
+        assert torch.equal(torch.get_rng_state(), before[1])
+        for buffer, value in zip(model.buffers(), before[0].values(), strict=True):
+            assert torch.equal(buffer, value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * x.detach(), lambda x: x * x.data, normalised_without_gradient],
+    ids=["detach", "data", "no_grad"],
+)
+def test_differences_warn_where_they_are_wrong(function) -> None:
+    row = Row(lambda: net(linear(), Calls(function)))
+    model, optimizer, train, meta = set_up(row)
+    step = MetaReweightStep(
+        model, optimizer, Fixed(torch.rand(8, 2).double()), estimator="finite_difference"
+    )
+    with pytest.warns(UserWarning, match="cuts tensors from the graph"):
+        step.backward(train, meta)
+
+
+def test_asking_for_forward_mode_where_there_is_none_says_what_to_do() -> None:
+    model, optimizer, train, meta = set_up(ROWS["weight_norm"])
+    step = MetaReweightStep(model, optimizer, Fixed(torch.rand(8, 2).double()), estimator="forward")
+    with pytest.raises(NotImplementedError, match="Use estimator='finite_difference'"):
+        step.backward(train, meta)
+
+
+def table() -> str:
+    """The rows of docs/compatibility.md."""
+    return "\n".join(f"| {name} | {row.how} |" for name, row in ROWS.items())
+
+
+def test_the_table_in_the_documentation_is_this_one() -> None:
+    page = Path(__file__).parents[1] / "docs" / "compatibility.md"
+    assert table() in page.read_text(), "run python tests/test_models.py for the rows"
+
+
+if __name__ == "__main__":
+    print(table())
