@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="for examples/train.py, after --")
     settings = parser.parse_args()
     rows = read(settings.out)
+    options = " ".join(settings.options)
+    if any(row["options"] != options for row in rows):
+        parser.error(f"{settings.out} holds runs with other options; choose another --out")
     done = {int(row["seed"]) for row in rows}
     for seed in range(settings.seeds):
         if seed not in done:

@@ -67,6 +67,8 @@ def plot_weights(path: Path, losses: Tensor, weights: Tensor, title: str) -> Non
         weights: shape [N, K].
         title: above the panels.
     """
+    finite = losses.isfinite().all(1) & weights.isfinite().all(1)
+    losses, weights = losses[finite], weights[finite]
     num_exits = losses.shape[1]
     figure = Figure(figsize=(2.3 * num_exits + 0.6, 2.9), layout="constrained")
     panels = figure.subplots(1, num_exits, sharex=True, sharey=True, squeeze=False)[0]
@@ -83,7 +85,7 @@ def plot_weights(path: Path, losses: Tensor, weights: Tensor, title: str) -> Non
         )
         axes.set_xscale("log")
         axes.set_xticks([1e-5, 1e-3, 1e-1])
-        axes.set_xlim(1e-6, float(losses.max()) * 2)
+        axes.set_xlim(1e-6, 2 * max(losses.max().item(), 1) if len(losses) else 1)
         axes.set_title(f"exit {k + 1}", fontsize="medium")
     panels[0].set_ylabel("weight")
     figure.supxlabel("loss of the sample at this exit", fontsize="medium")

@@ -43,7 +43,6 @@ from reweight import (
     MeanObjective,
     MetaReweightStep,
     SampleReweighter,
-    anytime_accuracy,
     budgeted_curve,
     exit_costs,
     exit_cross_entropy,
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = Checkpoint(
             settings.out / "checkpoint.pt", describe(settings), resume=settings.resume
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if len(data.train) < settings.batch_size:
         sys.exit(f"error: --batch-size must be at most {len(data.train)}, the training samples")
@@ -133,14 +132,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 2), ("interval", 1)):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if settings.data == "imagefolder" and settings.model == "msdnet":
+        parser.error("--model msdnet is built for small images; use --model conv for imagefolder")
     settings.out = settings.out or Path("runs", settings.data)
     return settings
 
 
 def describe(settings: argparse.Namespace) -> dict[str, Any]:
     """Everything the result depends on, as plain values."""
-    left_out = ("out", "resume", "download", "data_dir")
-    return {name: value for name, value in vars(settings).items() if name not in left_out}
+    left_out = ("out", "resume", "download")
+    values = {name: value for name, value in vars(settings).items() if name not in left_out}
+    return {**values, "data_dir": settings.data_dir and str(settings.data_dir)}
 
 
 def train(
@@ -199,6 +201,8 @@ def train(
                 console.print(f"{arm}: epoch {epoch + 1} of {settings.epochs}, {text}")
             if epoch + 1 < settings.epochs:
                 checkpoint.save(arm, epoch + 1, parts)
+    if step.num_skipped:
+        console.print(f"{int(step.num_skipped)} updates of the reweighter skipped: not finite")
     left: dict[str, Any] = {"model": model.state_dict()}
     if arm == "reweighted":
         left |= {

@@ -101,6 +101,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     num_samples, num_exits = _check_matrix(confidence, "confidence")
     if shares.shape != (num_exits,):
         raise ValueError(f"`shares` must have shape [{num_exits}], got {list(shares.shape)}.")
+    shares = shares.double()
     planned = quotas(shares, num_samples)
     thresholds = confidence.new_full((num_exits,), -torch.inf)
     left = confidence

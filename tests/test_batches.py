@@ -39,5 +39,7 @@ def test_bad_batches_are_named() -> None:
         halves(torch.zeros(2), torch.zeros(3))
     with pytest.raises(TypeError, match=r"must be a pair \(inputs, target\), got 3 values"):
         list(swap_halves([(torch.zeros(2), torch.zeros(2), torch.zeros(2))]))
+    with pytest.raises(ValueError, match="same number of samples, got 0, 2"):
+        halves(torch.zeros(2), torch.tensor(1.0))
     with pytest.raises(TypeError, match="got Tensor"):
         list(swap_halves([torch.zeros(2)]))

@@ -195,6 +195,63 @@ def test_costs_count_what_each_exit_needs_or_what_ran_before_it() -> None:
     assert all(map(torch.equal, buffers, model.buffers()))
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.recurrence = nn.LSTM(8, 8, batch_first=True)
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x, mask=None):
+        early = self.layer(x)
+        late, _ = self.recurrence(early)
+        return [head(z) for head, z in zip(self.heads, (early, late), strict=True)]
+
+
+def test_costs_of_attention_and_recurrence_are_those_counted_by_hand() -> None:
+    tokens, width, hidden = 5, 8, 16
+    attention = 4 * tokens * width * width + 2 * tokens * tokens * width
+    layer = attention + 2 * tokens * width * hidden
+    recurrence = 2 * 4 * tokens * width * width
+    head = tokens * width * 3
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    for inputs in (torch.zeros(1, 5, 8), (torch.zeros(1, 5, 8),), {"x": torch.zeros(1, 5, 8)}):
+        costs = exit_costs(Attends(), inputs)
+        assert costs == [layer + head, layer + head + recurrence + head]
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
+
+
+def test_ignored_samples_play_no_part() -> None:
+    logits = [torch.randn(40, 5, dtype=torch.float64) for _ in range(3)]
+    target = torch.randint(5, (40,))
+    some = exit_cross_entropy(logits, target)
+    more = exit_cross_entropy(
+        [torch.cat([z, torch.randn(20, 5).double()]) for z in logits],
+        torch.cat([target, torch.full((20,), -100)]),
+    )
+    assert torch.equal(anytime_accuracy(some), anytime_accuracy(more))
+    for ours, theirs in zip(
+        budgeted_curve(some, some, [1, 2, 3]), budgeted_curve(more, more, [1, 2, 3]), strict=True
+    ):
+        assert ours.accuracy == theirs.accuracy
+        assert torch.equal(ours.thresholds, theirs.thresholds)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
+def test_one_exit_takes_all_where_no_confidence_differs(power: float) -> None:
+    """What no threshold can prevent."""
+    confidence = torch.ones(100, 3)
+    exits = choose_exits(confidence, find_thresholds(confidence, exit_shares(3, power)))
+    assert len(exits.unique()) == 1
+
+
+def test_shares_may_leave_exits_out() -> None:
+    confidence = torch.rand(50, 3)
+    thresholds = find_thresholds(confidence, torch.tensor([1.0, 0.0, 0.0]))
+    assert (choose_exits(confidence, thresholds) == 0).all()
+
+
 def test_costs_leave_the_modes_of_the_model_as_they_were() -> None:
     model = HeadsAtTheEnd()
     model.norm.eval()

@@ -68,6 +68,12 @@ def test_low_precision_logits_give_float32_losses(dtype) -> None:
     torch.testing.assert_close(result.losses[:, 0].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("label_smoothing", [-0.1, 1.5])
+def test_label_smoothing_out_of_range_is_named(label_smoothing: float) -> None:
+    with pytest.raises(ValueError, match=r"`label_smoothing` must lie in \[0, 1\]"):
+        exit_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), label_smoothing=label_smoothing)
+
+
 def test_exits_may_differ_in_classes() -> None:
     result = exit_cross_entropy([torch.randn(4, 3), torch.randn(4, 9)], torch.tensor([0, 1, 2, 0]))
     assert result.losses.shape == (4, 2)
@@ -93,6 +99,7 @@ def test_shares_of_the_mean_leave_ignored_samples_out() -> None:
         (torch.zeros(()), torch.tensor([0]), ValueError, "exit 0"),
         (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), TypeError, "int64 tensor, got a tensor of"),
         (torch.zeros(2, 3), [0, 1], TypeError, "got list"),
+        (None, torch.tensor([0]), TypeError, "got NoneType"),
     ],
 )
 def test_bad_input_is_named(logits, target, error, message) -> None:

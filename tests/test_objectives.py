@@ -36,6 +36,15 @@ def test_no_valid_sample_gives_zero_with_a_graph(objective) -> None:
     assert torch.equal(gradient, torch.zeros(4, 3))
 
 
+@pytest.mark.parametrize("objective", [MeanObjective(), BudgetedObjective()])
+def test_a_loss_that_does_not_count_may_be_anything(objective) -> None:
+    losses, valid = torch.rand(4, 2), torch.tensor([True, True, False, True])
+    expected = objective(ExitLosses(losses, losses, valid=valid)).value
+    losses = losses.clone()
+    losses[2] = torch.inf
+    assert torch.equal(objective(ExitLosses(losses, losses, valid=valid)).value, expected)
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="`power` must be positive"):
         BudgetedObjective(power=-1)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -58,6 +59,9 @@ def snapshot(step: MetaReweightStep) -> dict[str, object]:
             "optimizer": step.optimizers[0].state_dict(),
             "random": torch.get_rng_state(),
             "modes": [module.training for module in step.model.modules()],
+            "python": random.getstate(),
+            "fast path": torch.backends.mha.get_fastpath_enabled(),
+            "fused attention": torch.backends.cuda.flash_sdp_enabled(),
         },
         buffer,
     )
@@ -383,6 +387,98 @@ class TestState:
         with pytest.raises(ValueError, match=message):
             step.load_state_dict(state)
         assert_same(step.state_dict(), before)
+
+
+class TestReweighter:
+    """What the reweighter and its optimizer may be."""
+
+    def test_gradients_left_from_the_users_own_backward_play_no_part(self) -> None:
+        step, twin = make(), make()
+        train, meta = batches()
+        losses = exit_cross_entropy(step.model(train[0]), train[1])
+        (step.reweighter(losses) * losses.losses).mean(0).sum().backward()
+        step.update_reweighter(train, meta)
+        twin.update_reweighter(train, meta)
+        assert_same(list(step.reweighter.parameters()), list(twin.reweighter.parameters()))
+
+    def test_a_frozen_one_just_weights(self) -> None:
+        step = make(reweighter=SampleReweighter(3).requires_grad_(False))
+        result = step.backward(*batches())
+        assert result.meta_loss is None
+        assert torch.equal(result.weights, step.reweighter(result.losses))
+        with pytest.raises(ValueError, match="trainable parameter"):
+            step.update_reweighter(*batches())
+
+    def test_any_module_from_losses_to_weights_will_do(self) -> None:
+        class ByDepth(nn.Module):
+            def forward(self, losses: ExitLosses) -> torch.Tensor:
+                return torch.arange(1.0, 4.0).expand_as(losses.losses)
+
+        step = make(reweighter=ByDepth())
+        assert step.backward(*batches()).weights[0].tolist() == [1.0, 2.0, 3.0]
+        assert step.state_dict()["reweighter_optimizer"] is None
+
+    def test_weights_of_another_shape_are_named(self) -> None:
+        class PerSample(nn.Module):
+            def forward(self, losses: ExitLosses) -> torch.Tensor:
+                return losses.losses.mean(1)
+
+        with pytest.raises(ValueError, match=r"shape of the losses, \[7, 3\], got \[7\]"):
+            make(reweighter=PerSample()).backward(*batches())
+
+    def test_an_optimizer_of_something_else_is_refused(self) -> None:
+        model = make_model("mlp")
+        for optimizer in (SGD(model.parameters(), lr=0.1), Adam(SampleReweighter(3).parameters())):
+            with pytest.raises(ValueError, match="parameters of `reweighter` alone"):
+                make(reweighter_optimizer=optimizer)
+
+    def test_one_with_other_choices_is_not_loaded(self) -> None:
+        state = make(reweighter=SampleReweighter(3, strength=0.3)).state_dict()
+        with pytest.raises(ValueError, match="must be of this reweighter"):
+            make(reweighter=SampleReweighter(3, strength=0.8)).load_state_dict(state)
+
+
+def test_a_failure_in_the_last_backward_changes_nothing_either() -> None:
+    step = make("conv_batch_norm", "adam")
+    train, meta = batches("conv_batch_norm")
+    step.backward(train, meta)
+    step.optimizers[0].zero_grad()
+    before, state = snapshot(step), copy.deepcopy(step.state_dict())
+
+    def fail(parameter: torch.Tensor) -> None:
+        raise RuntimeError("hook")
+
+    parameter = step.model.blocks[0][0].weight
+    handle = parameter.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(RuntimeError, match="hook"):
+        step.backward(train, meta)
+    handle.remove()
+    assert snapshot(step) == before
+    assert_same(step.state_dict()["reweighter"], state["reweighter"])
+    assert_same(step.state_dict()["reweighter_optimizer"], state["reweighter_optimizer"])
+
+
+def test_a_buffer_that_the_forward_assigns_comes_back_when_a_call_fails() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, NUM_CLASSES)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            return self.layer(x)
+
+    model = Counts().double()
+    step = MetaReweightStep(model, SGD(model.parameters(), lr=0.1), SampleReweighter(1).double())
+    train, meta = batches()
+    buffer = model.count
+    with pytest.raises(ValueError, match="`target`"):
+        step.backward(train, (meta[0], meta[1] + NUM_CLASSES))
+    assert model.count is buffer
+    assert model.count == 0
+    step.backward(train, meta)
+    assert model.count == 1
 
 
 class TestCold:

@@ -112,6 +112,7 @@ def test_kill_and_resume_end_bitwise_the_same(killed_after, undisturbed, tmp_pat
         (["--label-noise", "2"], "label_noise"),
         (["--batch-size", "300"], "--batch-size must be at most 256"),
         (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--data", "imagefolder", "--model", "msdnet"], "use --model conv"),
         (["--resume", "--seed", "7"], "made with seed=0, not 7"),
     ],
 )
