@@ -1,11 +1,9 @@
 """The weight prediction network g: what a sample's K losses say about its K weights."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from reweight.losses import ExitLosses
 
@@ -61,10 +59,10 @@ class SampleReweighter(nn.Module):
         if num_exits < 1:
             raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
         form = form or ("sigmoid" if num_exits == 1 else "tanh")
-        _check_choice("form", form, ("tanh", "sigmoid"))
+        check_choice("form", form, ("tanh", "sigmoid"))
         average_over = average_over or ("exits" if form == "tanh" else "samples")
-        _check_choice("average_over", average_over, ("exits", "samples", "both"))
-        _check_choice("inputs", inputs, ("losses", "confidences", "both"))
+        check_choice("average_over", average_over, ("exits", "samples", "both"))
+        check_choice("inputs", inputs, ("losses", "confidences", "both"))
         if num_exits == 1 and average_over == "exits":
             raise ValueError(
                 "`average_over` must be 'samples' for a single exit: the mean over the exits would "
@@ -143,69 +141,7 @@ class SampleReweighter(nn.Module):
         )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value of the argument is one of the choices."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
-
-    Raises:
-        ValueError: it holds something else than parameters of the reweighter.
-    """
-    own = {id(parameter) for parameter in reweighter.parameters()}
-    if optimizer is None:
-        lr = 1e-3 if getattr(reweighter, "form", None) == "sigmoid" else 1e-4
-        return Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4) if own else None
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not held <= own:
-        raise ValueError(
-            "`reweighter_optimizer` must hold parameters of `reweighter` alone, got others. Create "
-            "it from reweighter.parameters()."
-        )
-    return optimizer
-
-
-def is_trainable(reweighter: nn.Module) -> bool:
-    """Whether there is anything to learn; a frozen reweighter just weights."""
-    return any(parameter.requires_grad for parameter in reweighter.parameters())
-
-
-def step_where(optimizer: Optimizer, ok: Tensor) -> Callable[[], None]:
-    """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
-
-    Takes the gradients away afterwards. State kept on another device than ``ok`` (the step count of
-    Adam, which lives on the CPU) moves on in either case.
-
-    Returns:
-        A function that undoes the step.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad = torch.where(ok, parameter.grad, 0)
-    before = {key: value.detach().clone() for key, value in _tensors(optimizer, parameters).items()}
-    optimizer.step()
-    with torch.no_grad():
-        for key, value in _tensors(optimizer, parameters).items():
-            if value.device == ok.device:
-                value.copy_(torch.where(ok, value, before.get(key, torch.zeros_like(value))))
-    optimizer.zero_grad(set_to_none=True)
-
-    def undo() -> None:
-        with torch.no_grad():
-            for key, value in _tensors(optimizer, parameters).items():
-                value.copy_(before.get(key, torch.zeros_like(value)))
-
-    return undo
-
-
-def _tensors(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[int, str], Tensor]:
-    """The parameters and all tensors of their state."""
-    tensors = {(i, ""): parameter for i, parameter in enumerate(parameters)}
-    for i, parameter in enumerate(parameters):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[i, name] = value
-    return tensors

@@ -1,6 +1,5 @@
 """MetaReweightStep: the order of events in one training step."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,10 +18,11 @@ from reweight.forwards import (
     require_graph,
 )
 from reweight.hypergradient import ESTIMATORS, estimate, meta_problem
+from reweight.learner import ReweighterLearner
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
 from reweight.result import StepResult, Update
-from reweight.reweighter import SampleReweighter, is_trainable, optimizer_for, step_where
+from reweight.reweighter import SampleReweighter, check_choice
 from reweight.updates import (
     AnyOptimizer,
     Exactness,
@@ -31,10 +31,8 @@ from reweight.updates import (
     as_optimizers,
     check_differentiable,
     clip_gradients,
-    has_complex,
     held_by,
     held_parameters,
-    is_cold,
     pseudo_update,
 )
 
@@ -70,6 +68,8 @@ class MetaReweightStep:
         exits: takes the logits out of what the model returns. Default None: it returns them.
         clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
             the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        clip_hypergradient: the largest norm of ∂L_meta/∂w that reaches the reweighter; larger ones
+            are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
 
@@ -82,9 +82,7 @@ class MetaReweightStep:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1))
         >>> train, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
-        >>> optimizer.zero_grad()
         >>> result = step.backward(train, meta)
-        >>> optimizer.step()
         >>> result.weights.shape
         torch.Size([6, 1])
     """
@@ -103,16 +101,13 @@ class MetaReweightStep:
         loss: LossFunction = exit_cross_entropy,
         exits: Callable[[Any], Any] | None = None,
         clip_grad_norm: float | None = None,
+        clip_hypergradient: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
-        for name, value, choices in (
-            ("estimator", estimator, ("auto", *ESTIMATORS)),
-            ("pseudo_update", pseudo_update, ("exact", "gradient_descent")),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        check_choice("estimator", estimator, ("auto", *ESTIMATORS))
+        check_choice("pseudo_update", pseudo_update, ("exact", "gradient_descent"))
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"`clip_grad_norm` must be positive, got {clip_grad_norm}.")
         self.model, self.reweighter = model, reweighter
@@ -120,22 +115,17 @@ class MetaReweightStep:
         if pseudo_update == "exact":
             for one in self.optimizers:
                 check_differentiable(one)
-        self.reweighter_optimizer = optimizer_for(reweighter, reweighter_optimizer)
+        self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.objective = BudgetedObjective() if objective is None else objective
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
         self.clip_grad_norm, self.scaler = clip_grad_norm, scaler
         self.num_calls = 0
-        self.num_skipped = torch.zeros((), dtype=torch.int64)
-        """How many updates of the reweighter were left out for a value that was not finite."""
         self._forward = ExitForward(model, exits, loss)
-        self._was_cold = False
         if not self._held_parameters():
             raise ValueError(
                 "`optimizer` must hold parameters of `model`, got one that holds none of them. "
                 "Create it from model.parameters(), after moving the model to its device."
             )
-        if has_complex(self._held_parameters()):
-            raise ValueError("`model` must have real parameters, got complex ones.")
 
     def __call__(self, train: Batch, meta: Batch) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
@@ -187,12 +177,12 @@ class MetaReweightStep:
         try:
             with self._attention():
                 losses = require_graph(self._forward(*train))
-                if self.num_calls % self.interval == 0 and is_trainable(self.reweighter):
+                if self.num_calls % self.interval == 0 and self._learner.is_trainable:
                     grads = {n: p.grad for n, p in self._held_parameters().items()}
                     accumulated = {n: g.detach() for n, g in grads.items() if g is not None}
                     update = self._update(losses, train, meta, beginning, accumulated, scale)
                 with torch.no_grad():
-                    weights = self._weights(losses)
+                    weights = self._learner.weights(losses)
                 # A second backward of the same graph: the weighted gradient needs no forward.
                 coefficients = scale * losses.sample_shares() * weights
                 losses.losses.backward(self._grad_scale(coefficients.device) * coefficients)
@@ -214,7 +204,7 @@ class MetaReweightStep:
         of :meth:`backward`.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        if not is_trainable(self.reweighter):
+        if not self._learner.is_trainable:
             raise ValueError(
                 "`reweighter` must have a trainable parameter to be updated, got none."
             )
@@ -223,7 +213,7 @@ class MetaReweightStep:
         def learn(losses: ExitLosses) -> StepResult:
             update = self._update(require_graph(losses), train, meta, beginning, {}, 1.0)
             with torch.no_grad():
-                return StepResult.of(losses, self._weights(losses), update)
+                return StepResult.of(losses, self._learner.weights(losses), update)
 
         try:
             with self._attention():
@@ -232,38 +222,23 @@ class MetaReweightStep:
             beginning.random_state.restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the step adds to a training run: tensors, numbers and containers of them."""
-        return {
-            "reweighter": self.reweighter.state_dict(),
-            "reweighter_optimizer": self.reweighter_optimizer
-            and self.reweighter_optimizer.state_dict(),
-            "reweighter_options": repr(self.reweighter),
-            "num_calls": self.num_calls,
-            "num_skipped": self.num_skipped,
-        }
+        """Everything the step adds to a training run: tensors, numbers, text and containers."""
+        return {**self._learner.state_dict(), "num_calls": self.num_calls}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of another kind, or of a reweighter of another shape. Nothing has been
-                loaded then.
+            ValueError: it is of another kind, or of another reweighter. Nothing has been loaded
+                then.
         """
-        expected = self.state_dict()
-        if set(state_dict) != set(expected):
+        if set(state_dict) != set(self.state_dict()):
             raise ValueError(
-                f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}."
+                f"`state_dict` must have the keys {sorted(self.state_dict())}, got "
+                f"{sorted(state_dict)}."
             )
-        if state_dict["reweighter_options"] != expected["reweighter_options"]:
-            raise ValueError(
-                f"`state_dict` must be of this reweighter:\n{expected['reweighter_options']}\ngot\n"
-                f"{state_dict['reweighter_options']}"
-            )
-        if self.reweighter_optimizer is not None:
-            self.reweighter_optimizer.load_state_dict(state_dict["reweighter_optimizer"])
-        self.reweighter.load_state_dict(state_dict["reweighter"])
+        self._learner.load_state_dict(state_dict)
         self.num_calls = state_dict["num_calls"]
-        self.num_skipped = state_dict["num_skipped"]
 
     def _update(
         self,
@@ -275,7 +250,8 @@ class MetaReweightStep:
         scale: float,
     ) -> Update:
         """Learn from one meta step; ``losses`` are of ``train``, from that beginning on."""
-        self._warn_if_cold(accumulating=bool(accumulated))
+        if not accumulated:
+            self._learner.warn_if_cold(self.optimizers)
         parameters, after = self._held_parameters(), Beginning(self.model)
 
         def update(gradients: Parameters) -> PseudoUpdate:
@@ -283,7 +259,7 @@ class MetaReweightStep:
                 gradients = clip_gradients(gradients, self.clip_grad_norm)
             return pseudo_update(self.optimizers, parameters, gradients, self.pseudo_update)
 
-        weights = self._weights(losses)
+        weights = self._learner.weights(losses)
         problem = meta_problem(
             self._forward,
             self.model,
@@ -301,24 +277,17 @@ class MetaReweightStep:
         )
         hypergradient, self.estimator = estimate(self.estimator, problem)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
-        values = (losses.losses, hypergradient.meta_loss.value, hypergradient.value)
-        nonfinite = torch.stack([~value.detach().isfinite().all() for value in values])
-        ok = ~nonfinite.any()
-        assert self.reweighter_optimizer is not None
-        self.reweighter_optimizer.zero_grad(set_to_none=True)
-        weights.backward(hypergradient.value)
-        undo = step_where(self.reweighter_optimizer, ok)
-        self.num_skipped = self.num_skipped.to(ok.device) + ~ok
-        return Update(hypergradient, nonfinite, undo)
+        return self._learner.learn(losses, weights, hypergradient)
 
-    def _weights(self, losses: ExitLosses) -> Tensor:
-        weights: Tensor = self.reweighter(losses)
-        if weights.shape != losses.losses.shape:
-            raise ValueError(
-                f"`reweighter` must return weights of the shape of the losses, "
-                f"{list(losses.losses.shape)}, got {list(weights.shape)}."
-            )
-        return weights
+    @property
+    def reweighter_optimizer(self) -> Optimizer | None:
+        """What moves the reweighter; None where there is nothing to move."""
+        return self._learner.optimizer
+
+    @property
+    def num_skipped(self) -> Tensor:
+        """How many updates of the reweighter were left out for a value that was not finite."""
+        return self._learner.num_skipped
 
     def _held_parameters(self) -> Parameters:
         return held_parameters(self.model, self.optimizers)
@@ -329,15 +298,3 @@ class MetaReweightStep:
 
     def _attention(self) -> AbstractContextManager[None]:
         return plain_attention() if self.estimator == "unrolled" else nullcontext()
-
-    def _warn_if_cold(self, *, accumulating: bool) -> None:
-        """Any Adam is cold at its first step; it is a mistake only if it stays so."""
-        cold = [type(one).__name__ for one in self.optimizers if is_cold(one)]
-        if cold and self._was_cold and not accumulating:
-            warnings.warn(
-                f"{cold[0]} still has no state: its next step is the sign of the gradient, which "
-                "hardly depends on the weights, so the reweighter learns nothing. Call "
-                "optimizer.step() after each call.",
-                stacklevel=4,
-            )
-        self._was_cold = bool(cold)

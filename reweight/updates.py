@@ -107,19 +107,17 @@ def held_by(optimizers: Sequence[AnyOptimizer]) -> Iterator[Tensor]:
             yield from group["params"]
 
 
-def has_complex(parameters: Parameters) -> bool:
-    """Whether a parameter is complex: Adam treats its parts apart, the rules do not."""
-    return any(parameter.is_complex() for parameter in parameters.values())
-
-
 def held_parameters(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> Parameters:
     """θ: the trainable parameters of the model that an optimizer moves, by name."""
     held = {id(parameter) for parameter in held_by(optimizers)}
-    return {
+    parameters: Parameters = {
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) in held
     }
+    if any(parameter.is_complex() for parameter in parameters.values()):
+        raise ValueError("`model` must have real parameters, got complex ones.")
+    return parameters
 
 
 def _groups(optimizer: AnyOptimizer) -> list[Group]:

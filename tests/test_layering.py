@@ -22,6 +22,7 @@ ORDER = [
     "updates",
     "hypergradient",
     "result",
+    "learner",
     "step",
     "__init__",
 ]

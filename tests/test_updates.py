@@ -18,7 +18,7 @@ from cases import (
 )
 from properties import assert_same
 from references import copy_together
-from reweight.reweighter import step_where
+from reweight.learner import step_where
 from reweight.updates import as_optimizers, check_differentiable, clip_gradients, pseudo_update
 
 
