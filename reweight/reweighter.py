@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reweight.losses import ExitLosses
@@ -98,7 +99,9 @@ class SampleReweighter(nn.Module):
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
         raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses)
         if self.form == "sigmoid":
-            positive = raw.sigmoid()
+            # Over the largest of those averaged, so that they never all underflow.
+            logarithm = F.logsigmoid(raw)
+            positive = (logarithm - self._largest(logarithm.detach(), exit_losses)).exp()
             mean = self._mean(positive, exit_losses)
             weights = positive / mean.clamp(min=torch.finfo(raw.dtype).tiny)
         else:
@@ -124,6 +127,14 @@ class SampleReweighter(nn.Module):
         if self.inputs == "confidences":
             return confidence.to(parameter)
         return torch.cat([losses.detach(), confidence], 1).to(parameter)
+
+    def _largest(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
+        """The largest value of each mean's, in the shape of the mean; 0 where none counts."""
+        if self.average_over != "exits" and exit_losses.valid is not None:
+            values = values.masked_fill(~exit_losses.valid.unsqueeze(1), -torch.inf)
+        dims = {"exits": (1,), "samples": (0,), "both": (0, 1)}[self.average_over]
+        largest = values.amax(dims, keepdim=True)
+        return torch.where(largest.isfinite(), largest, 0)
 
     def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
