@@ -10,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
@@ -167,7 +168,7 @@ def plain_attention() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _math_kernel():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -219,13 +220,8 @@ def working_precision(parameters: Mapping[str, Tensor]) -> float:
     """The spacing of the numbers a forward computes with: autocast's, or the parameters'."""
     parameter = next(iter(parameters.values()))
     device, dtype = parameter.device.type, parameter.dtype
-    if hasattr(torch, "get_autocast_dtype"):
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-    elif device == "cpu" and torch.is_autocast_cpu_enabled():  # before PyTorch 2.4
-        dtype = torch.get_autocast_cpu_dtype()
-    elif torch.is_autocast_enabled():
-        dtype = torch.get_autocast_gpu_dtype()
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return torch.finfo(dtype).eps
 
 
@@ -242,17 +238,5 @@ class _Holder(nn.Module):
 
 def _uncompiled() -> AbstractContextManager[Any]:
     """Compiled code has no forward mode and is specialised to the parameters themselves."""
-    set_stance: Callable[[str], AbstractContextManager[Any]] | None
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
-    return nullcontext() if set_stance is None else set_stance("force_eager")
-
-
-def _math_kernel() -> AbstractContextManager[Any]:
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # before PyTorch 2.3
-        kernels = {"enable_flash": False, "enable_mem_efficient": False}
-        context: AbstractContextManager[Any] = torch.backends.cuda.sdp_kernel(**kernels)
-    else:
-        context = sdpa_kernel(SDPBackend.MATH)
+    context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return context

@@ -213,8 +213,9 @@ def _by_stock_class(
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
                 state.setdefault(name, torch.zeros_like(p))
             state.setdefault("mu_product", torch.ones(()))
-            # In float64: β**step would otherwise be rounded to float32.
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float64)
+            # In the parameter's precision: β**step would otherwise be rounded to float32.
+            precision = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=precision)
         if state:
             twin.state[moving] = state
         moving.grad = gradient

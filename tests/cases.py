@@ -187,6 +187,17 @@ TORCHOPT: dict[str, Callable[[tuple[Tensor, ...]], torchopt.Optimizer]] = {
 }
 
 
+def _exists(make: Callable[[nn.Module], Optimizer]) -> bool:
+    try:
+        make(nn.Linear(2, 2))
+    except (TypeError, RuntimeError):  # an option that this PyTorch does not know yet
+        return False
+    return True
+
+
+UPDATE_RULES = {name: make for name, make in UPDATE_RULES.items() if _exists(make)}
+
+
 def make_model(name: str, num_exits: int = 3, seed: int = 0) -> MultiExit:
     torch.manual_seed(seed)
     return MODELS[name].build(num_exits).double()

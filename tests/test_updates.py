@@ -222,7 +222,9 @@ def missing(parameters):
 
 
 @pytest.mark.parametrize("num_steps", [0, 2])
-@pytest.mark.parametrize("make", [Adam, SGD, lambda p: SGD(p, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize(
+    "make", [Adam, lambda p: SGD(p, lr=0.1), lambda p: SGD(p, lr=0.1, momentum=0.9)]
+)
 def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
     def fresh():
         parameter = torch.tensor([1.0, 2.0], requires_grad=True)
