@@ -176,8 +176,10 @@ def forward_mode(problem: MetaProblem) -> Hypergradient:
 def finite_difference(problem: MetaProblem) -> Hypergradient:
     """Approximate, by two forwards at θ ± h·v; for what has no forward mode.
 
-    h·‖v‖ is √precision·‖θ‖, which balances rounding against curvature: 3e-4 of ‖θ‖ in float32, 0.09
-    in bfloat16. Wrong where the model cuts tensors from the graph: differences see through it.
+    h·‖v‖ is precision^⅔·‖θ‖, 2e-5 of ‖θ‖ in float32 and 0.04 in bfloat16: rounding, which grows as
+    precision/h, is balanced against the kinks of ReLU and the like, of which about √h are passed
+    (``benchmarks/finite_difference.py`` measures both). Wrong where the model cuts tensors from the
+    graph: differences see through it.
     """
     tangents, meta_loss, num_zero_moments = _tangents(problem)
     watch = CutWatch()
@@ -186,7 +188,7 @@ def finite_difference(problem: MetaProblem) -> Hypergradient:
             torch.stack([tensor.norm() for tensor in tensors]).norm()
             for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
         ]
-        step = problem.precision**0.5 * lengths[0] / lengths[1]
+        step = problem.precision ** (2 / 3) * lengths[0] / lengths[1]
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
         moved = [
             {name: problem.parameters[name] + sign * step * v for name, v in tangents.items()}

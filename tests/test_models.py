@@ -204,6 +204,9 @@ ROWS = {
     "BatchNorm in evaluation mode": Row(
         lambda: in_eval(net(Convolutions(nn.BatchNorm2d), linear()))
     ),
+    "SyncBatchNorm in a single process": Row(
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(net(Convolutions(nn.BatchNorm2d), linear()))
+    ),
     "GroupNorm": Row(lambda: net(Convolutions(lambda width: nn.GroupNorm(2, width)), linear())),
     "LayerNorm": Row(lambda: net(linear(), nn.LayerNorm(WIDTH))),
     "channels_last": Row(lambda: net(Convolutions(nn.BatchNorm2d, channels_last=True), linear())),
@@ -243,6 +246,9 @@ ROWS = {
     "activation checkpointing, reentrant": Row(lambda: net(linear(), Checkpointed(True)), REFUSED),
     "torch.compile, eager": Row(lambda: compiled("eager")),
     "torch.compile, aot_eager": Row(lambda: compiled("aot_eager")),
+    "a compiled function, aot_eager": Row(
+        lambda: net(linear(), Calls(torch.compile(torch.sin, backend="aot_eager")))
+    ),
     "tied parameters": Row(with_tied),
     "frozen parameters": Row(with_frozen),
     "shared modules": Row(with_shared),
@@ -300,6 +306,7 @@ def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Ten
     return ((weights - twin.reweighter.weights.detach()) * direction).sum().item()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.parametrize("through", ["backward", "update_reweighter"])
 @pytest.mark.parametrize("name", ROWS)
 def test_model(name: str, through: str, caplog) -> None:

@@ -5,6 +5,7 @@ import io
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -265,7 +266,12 @@ def test_all_samples_ignored_changes_nothing_and_says_nothing_false() -> None:
     assert all((p.grad == 0).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("form", ["list", "tuple", "stacked", "dict", "wrapped_loss"])
+@dataclass
+class Output:
+    logits: list[torch.Tensor]
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "stacked", "dict", "dataclass", "wrapped_loss"])
 def test_outputs_of_every_form_give_the_same_step(form: str) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -275,9 +281,13 @@ def test_outputs_of_every_form_give_the_same_step(form: str) -> None:
         def forward(self, x):
             logits = self.inner(x)
             forms = {"tuple": tuple(logits), "stacked": torch.stack(logits)}
-            return forms.get(form, {"logits": logits} if form == "dict" else logits)
+            forms |= {"dict": {"logits": logits}, "dataclass": Output(logits)}
+            return forms.get(form, logits)
 
-    options = {"dict": {"exits": lambda outputs: outputs["logits"]}}.get(form, {})
+    options = {
+        "dict": {"exits": lambda outputs: outputs["logits"]},
+        "dataclass": {"exits": lambda outputs: outputs.logits},
+    }.get(form, {})
     if form == "wrapped_loss":
         options = {
             "objective": MeanObjective(),
@@ -312,7 +322,7 @@ def test_inputs_may_be_several(form: str) -> None:
 
 class TestNonFinite:
     @pytest.mark.parametrize("where", ["train", "meta"])
-    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
     def test_never_reaches_the_reweighter(self, where: str, bad: float) -> None:
         step = make(optimizer_name="adam")
         train, meta = batches()
@@ -327,6 +337,15 @@ class TestNonFinite:
         assert step.num_skipped == 1
         for key in ("reweighter", "reweighter_optimizer"):
             assert_same(step.state_dict()[key], before[key])
+
+    def test_one_exit_is_enough_to_skip(self) -> None:
+        step = make()
+        train, meta = batches()
+        before = copy.deepcopy(step.state_dict()["reweighter"])
+        with torch.no_grad():
+            step.model.exits[1].bias[0] = torch.nan
+        assert step.update_reweighter(train, meta).nonfinite[0]
+        assert_same(step.state_dict()["reweighter"], before)
 
     def test_learning_goes_on_afterwards(self) -> None:
         step = make()
