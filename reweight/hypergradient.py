@@ -243,7 +243,7 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
 def _load_forward_mode() -> None:
     """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
     with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 

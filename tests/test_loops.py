@@ -327,11 +327,11 @@ class TestState:
         step = MetaReweightStep(model, optimizer, SampleReweighter(3))
         step(train, meta)
         state = step.state_dict()
-        checkpoint.save({"step": state}, checkpoint_id=tmp_path, no_dist=True)
+        checkpoint.save({"step": state}, checkpoint_id=tmp_path)
         other = MetaReweightStep(model, optimizer, SampleReweighter(3))
         other(train, meta)
         loaded = {"step": other.state_dict()}
-        checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+        checkpoint.load(loaded, checkpoint_id=tmp_path)
         other.load_state_dict(loaded["step"])
         assert_same(other.state_dict(), state)
 

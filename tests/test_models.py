@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cases import NUM_CLASSES, MultiExit, Recurrent, conventional_loss, warm_up
@@ -307,6 +308,7 @@ def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Ten
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
 @pytest.mark.parametrize("through", ["backward", "update_reweighter"])
 @pytest.mark.parametrize("name", ROWS)
 def test_model(name: str, through: str, caplog) -> None:
@@ -371,6 +373,27 @@ def test_differences_warn_where_they_are_wrong(function) -> None:
     )
     with pytest.warns(UserWarning, match="cuts tensors from the graph"):
         step.backward(train, meta)
+
+
+class CountFused(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += "flash" in str(func) and "backward" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_the_forward_mode_pass_leaves_the_fused_kernel() -> None:
+    model, optimizer, train, meta = set_up(ROWS["nn.MultiheadAttention, fused"])
+    with CountFused() as plain:
+        model(train[0])
+    step = MetaReweightStep(
+        model, optimizer, Fixed(torch.rand(8, 2).double()), objective=MeanObjective()
+    )
+    with CountFused() as ours:
+        step.backward(train, meta)
+    assert plain.calls > 0
+    assert ours.calls == 2 * plain.calls  # the train and the meta forward
 
 
 def test_asking_for_forward_mode_where_there_is_none_says_what_to_do() -> None:
