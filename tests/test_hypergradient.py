@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torchopt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from cases import (
@@ -14,6 +14,7 @@ from cases import (
     OPTIMIZERS,
     TORCHOPT,
     UPDATE_RULES,
+    Fixed,
     conventional_loss,
     make_batch,
     make_model,
@@ -85,23 +86,10 @@ def test_estimators_agree_with_each_other_and_with_differences(
     assert (gradients["forward"] - numerical).norm() < 1e-5 * scale
 
 
-class Recording(nn.Module):
-    """Fixed weights, whose gradient is the hypergradient itself."""
-
-    form = "tanh"
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(1 + torch.rand(shape, dtype=torch.float64))
-
-    def forward(self, losses) -> Tensor:
-        return self.weights
-
-
 def recorded(model, optimizer, train, meta, **options) -> tuple[Tensor, Tensor]:
     """The weights and their hypergradient."""
-    recording = Recording((len(train[1]), 3))
-    weights = recording.weights.detach().clone()
+    weights = 1 + torch.rand(len(train[1]), 3, dtype=torch.float64)
+    recording = Fixed(weights)
     MetaReweightStep(
         model,
         optimizer,
@@ -145,9 +133,7 @@ def test_the_first_step_of_momentum_has_its_gradient(rule: str) -> None:
     direction = torch.randn_like(weights)
 
     def objective(sign: int) -> float:
-        moved = Recording(tuple(weights.shape))
-        with torch.no_grad():
-            moved.weights.copy_(weights + sign * 1e-5 * direction)
+        moved = Fixed(weights + sign * 1e-5 * direction)
         return meta_objective(model, optimizer, moved, train, meta, conventional_loss)
 
     slope = (objective(1) - objective(-1)) / 2e-5

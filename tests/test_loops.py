@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
-from cases import conventional_loss, make_batch, make_model, warm_up
+from cases import Fixed, conventional_loss, make_batch, make_model, warm_up
 from properties import assert_same
 from reweight import (
     BudgetedObjective,
@@ -23,7 +23,6 @@ from reweight import (
     SampleReweighter,
     exit_cross_entropy,
 )
-from test_models import Fixed
 
 
 def parts(dtype=torch.float64, optimizer=None):
@@ -38,7 +37,7 @@ def parts(dtype=torch.float64, optimizer=None):
 
 def recording(model, optimizer, weights: Tensor, **options) -> MetaReweightStep:
     """A step whose reweighter has the hypergradient subtracted from its weights."""
-    fixed = Fixed(weights.clone())
+    fixed = Fixed(weights)
     return MetaReweightStep(
         model,
         optimizer,

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cases import NUM_CLASSES, MultiExit, Recurrent, conventional_loss, warm_up
+from cases import NUM_CLASSES, Fixed, MultiExit, Recurrent, conventional_loss, warm_up
 from references import meta_objective
 from reweight import MeanObjective, MetaReweightStep
 
@@ -277,17 +277,6 @@ def batch(inputs: str, seed: int, num_samples: int = 8) -> tuple[Tensor, Tensor]
         return torch.randint(9, (num_samples, TOKENS), generator=generator), target
     shape = (num_samples, TOKENS, WIDTH) if inputs == "sequence" else (num_samples, WIDTH)
     return torch.randn(shape, generator=generator, dtype=torch.float64), target
-
-
-class Fixed(nn.Module):
-    """Weights that are parameters, whose gradient is the hypergradient itself."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
-
-    def forward(self, losses) -> Tensor:
-        return self.weights
 
 
 def set_up(row: Row):
