@@ -1,6 +1,8 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
+import functools
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
@@ -11,6 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
@@ -66,6 +69,11 @@ class ExitForward:
                 outputs = call(self._model, inputs)
             return then(self._losses(outputs, target))
 
+        if getattr(parametrize, "_cache_enabled", 0):
+            raise ValueError(
+                "`parametrize.cached()` must not be around a step: it would keep the parameters of "
+                "one pass for the next."
+            )
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         swapped = {f"model.{name}": tensor for name, tensor in {**copies, **parameters}.items()}
         result: T = functional_call(self._holder, swapped, (run,))
@@ -79,19 +87,24 @@ class ExitForward:
                 "`loss` must return ExitLosses or a tensor of losses [samples, exits], got "
                 f"{type(result).__name__}."
             )
+        if exit_losses.confidence is not None:
+            exit_losses = exit_losses._replace(confidence=exit_losses.confidence.detach())
         if exit_losses.losses.dim() != 2 or exit_losses.losses.numel() == 0:
             raise ValueError(
                 "`loss` must return losses of shape [samples, exits], one row for each sample, got "
                 f"{list(exit_losses.losses.shape)}. Do not average over the samples."
             )
-        return exit_losses
+        if exit_losses.valid is None:
+            return exit_losses
+        counted = torch.where(exit_losses.valid.unsqueeze(1), exit_losses.losses, 0)
+        return exit_losses._replace(losses=counted)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """What the model makes of a tensor, a tuple or list of arguments, or a dict of named ones."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, tuple | list) and not hasattr(inputs, "_fields"):  # no named tuple
         return model(*inputs)
     return model(inputs)
 
@@ -107,7 +120,10 @@ def require_graph(losses: ExitLosses) -> ExitLosses:
 
 
 class RandomState:
-    """The state of the generators that the model may draw from, now: PyTorch's, NumPy's, Python's.
+    """The state of the generators that the model may draw from, now.
+
+    Those are the global ones of PyTorch, NumPy and Python, and ``torch.Generator`` attributes of
+    the model's modules.
 
     Args:
         model: its devices are looked at.
@@ -117,6 +133,12 @@ class RandomState:
         devices = {parameter.device for parameter in model.parameters()}
         self._python, self._numpy = random.getstate(), np.random.get_state()
         self._cpu = torch.get_rng_state()
+        self._generators = [
+            (value, value.get_state())
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, torch.Generator)
+        ]
         self._others = {
             device: getattr(torch, device.type).get_rng_state(device)
             for device in devices
@@ -128,6 +150,8 @@ class RandomState:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
+        for generator, state in self._generators:
+            generator.set_state(state)
         for device, state in self._others.items():
             getattr(torch, device.type).set_rng_state(state, device)
 
@@ -181,6 +205,14 @@ def tangents_follow_gradients() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def load_forward_mode() -> None:
+    """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 class _NoTangentWithoutGradient(TorchFunctionMode):
     """Forward mode does not heed ``torch.no_grad`` by itself; backward has no choice."""
 
@@ -193,18 +225,22 @@ class _NoTangentWithoutGradient(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-class CutWatch(TorchFunctionMode):
-    """Notices whether the block cuts a tensor from the graph, which differences cannot see."""
+class DifferenceWatch(TorchFunctionMode):
+    """Notices what differences must know of the block: cuts from the graph, and low precision."""
 
-    seen = False
+    cuts = False
+    precision = 0.0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the function; looks at which it is."""
+        """Runs the function; looks at which it is, and at what it gives."""
         if func in _CUTS or (func is torch._C._set_grad_enabled and args == (False,)):
-            self.seen = True
-        return func(*args, **(kwargs or {}))
+            self.cuts = True
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.precision = max(self.precision, torch.finfo(result.dtype).eps)
+        return result
 
 
 _CUTS = (
@@ -217,12 +253,11 @@ _CUTS = (
 
 
 def working_precision(parameters: Mapping[str, Tensor]) -> float:
-    """The spacing of the numbers a forward computes with: autocast's, or the parameters'."""
-    parameter = next(iter(parameters.values()))
-    device, dtype = parameter.device.type, parameter.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return torch.finfo(dtype).eps
+    """The coarsest spacing of the numbers a forward computes with, as far as one can know."""
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    devices = {parameter.device.type for parameter in parameters.values()}
+    dtypes |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 class _Holder(nn.Module):

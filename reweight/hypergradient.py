@@ -9,7 +9,6 @@ for all i,k at once: one Jacobian–vector product of θ ↦ l. The identity is 
 ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al., ICLR 2025).
 """
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from reweight.batches import Batch
 from reweight.forwards import (
     Beginning,
-    CutWatch,
+    DifferenceWatch,
     ExitForward,
+    load_forward_mode,
     tangents_follow_gradients,
     working_precision,
 )
@@ -50,9 +50,9 @@ class MetaProblem:
         accumulated: the gradients that those of L_tr are added to, by name.
         update: U, gradients → θ̂.
         meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
-        replay: (θ, context) → l, the same forward once more, random state included, without a
-            graph; the model is called within the context. θ may be some of the parameters.
-        grad_scale: what gradients are multiplied by on their way through low precision.
+        replay: (some of θ, context) → l, the same forward once more, random state included,
+            without a graph; the model is called within the context.
+        grad_scale: what gradients are multiplied by on their way through low precision, or None.
         precision: spacing of the numbers that the forward computes with.
     """
 
@@ -64,7 +64,7 @@ class MetaProblem:
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
     replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
-    grad_scale: Tensor
+    grad_scale: Tensor | None
     precision: float
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
@@ -72,13 +72,13 @@ class MetaProblem:
         gradients = torch.autograd.grad(
             self.losses,
             list(self.parameters.values()),
-            self.sample_shares * weights * self.grad_scale,
+            self.scaled(self.sample_shares * weights),
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,
         )
         reached = {
-            name: (gradient.to_dense() if gradient.is_sparse else gradient) / self.grad_scale
+            name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
             for name, gradient in zip(self.parameters, gradients, strict=True)
             if gradient is not None
         }
@@ -88,11 +88,21 @@ class MetaProblem:
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
         for name, gradient in self.accumulated.items():
+            gradient = self.unscaled(gradient)
             reached[name] = reached[name] + gradient if name in reached else gradient
         return reached
 
+    def scaled(self, cotangent: Tensor) -> Tensor:
+        """A cotangent, ready for its way through low precision."""
+        return cotangent if self.grad_scale is None else cotangent * self.grad_scale
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """What came of it, back in its own size."""
+        return gradient if self.grad_scale is None else gradient / self.grad_scale.to(gradient)
+
 
 def meta_problem(
+    *,
     forward: ExitForward,
     model: nn.Module,
     objective: Objective,
@@ -105,7 +115,7 @@ def meta_problem(
     accumulated: Parameters,
     update: Callable[[Parameters], PseudoUpdate],
     scale: float,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
 ) -> MetaProblem:
     """The meta step whose train batch has these losses and began there; the state is now's."""
     after = Beginning(model)
@@ -134,7 +144,7 @@ def meta_problem(
         losses=losses.losses,
         sample_shares=scale * losses.sample_shares(),
         weights=weights.detach(),
-        accumulated={name: gradient / grad_scale for name, gradient in accumulated.items()},
+        accumulated=accumulated,
         update=update,
         meta_loss=meta_loss,
         replay=replay,
@@ -157,53 +167,57 @@ class Hypergradient(NamedTuple):
     num_zero_moments: Tensor | int
 
 
-def forward_mode(problem: MetaProblem) -> Hypergradient:
-    """Exact, by one forward-mode pass; no second-order graph."""
-    tangents, meta_loss, num_zero_moments = _tangents(problem)
-    _load_forward_mode()
+def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+    """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
+    load_forward_mode()
     with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(problem.parameters[name].detach(), tangent)  # θ + ε·v
             for name, tangent in tangents.items()
         }
         losses = problem.replay(duals, tangents_follow_gradients())
-        product = forward_ad.unpack_dual(losses).tangent
-    if product is None:  # the losses move with nothing that the meta loss moves with
-        product = torch.zeros_like(problem.losses)
-    return Hypergradient(problem.sample_shares * product, meta_loss, num_zero_moments)
+        product: Tensor | None = forward_ad.unpack_dual(losses).tangent
+    # None where the losses move with nothing that the meta loss moves with.
+    return torch.zeros_like(problem.losses) if product is None else product
 
 
-def finite_difference(problem: MetaProblem) -> Hypergradient:
-    """Approximate, by two forwards at θ ± h·v; for what has no forward mode.
+def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+    """⟨v, ∇θ l⟩ approximately, by two forwards at θ ± h·v; for what has no forward mode.
 
     h·‖v‖ is precision^⅔·‖θ‖, 2e-5 of ‖θ‖ in float32 and 0.04 in bfloat16: rounding, which grows as
     precision/h, is balanced against the kinks of ReLU and the like, of which about √h are passed
     (``benchmarks/finite_difference.py`` measures both). Wrong where the model cuts tensors from the
     graph: differences see through it.
     """
-    tangents, meta_loss, num_zero_moments = _tangents(problem)
-    watch = CutWatch()
-    with torch.no_grad():
-        lengths = [
-            torch.stack([tensor.norm() for tensor in tensors]).norm()
-            for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
-        ]
-        step = problem.precision ** (2 / 3) * lengths[0] / lengths[1]
+    lengths = [
+        torch.stack([tensor.detach().norm() for tensor in tensors]).norm()
+        for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
+    ]
+    watch = DifferenceWatch()
+
+    def difference(precision: float) -> Tensor:
+        step = precision ** (2 / 3) * lengths[0] / lengths[1]
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
-        moved = [
-            {name: problem.parameters[name] + sign * step * v for name, v in tangents.items()}
+        above, below = (
+            problem.replay(
+                {n: problem.parameters[n].detach() + sign * step * v for n, v in tangents.items()},
+                watch,
+            )
             for sign in (1, -1)
-        ]
-    above, below = (problem.replay(parameters, watch) for parameters in moved)
-    product = (above - below) / (2 * step)
-    if watch.seen:
+        )
+        return (above - below) / (2 * step)
+
+    product = difference(problem.precision)
+    if watch.precision > problem.precision:  # autocast inside the model
+        product = difference(watch.precision)
+    if watch.cuts:
         warnings.warn(
             "The model cuts tensors from the graph (detach or no_grad), which finite differences "
             "cannot see: hypergradients are wrong where the cut matters. Use estimator='forward' "
             "if the model has forward mode.",
             stacklevel=2,
         )
-    return Hypergradient(problem.sample_shares * product, meta_loss, num_zero_moments)
+    return product
 
 
 def unrolled(problem: MetaProblem) -> Hypergradient:
@@ -228,23 +242,15 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
         lambda meta_loss: _grad(
             meta_loss.value,
             [updated[name] for name in moved],
-            problem.grad_scale.to(meta_loss.value),
+            problem.scaled(torch.ones_like(meta_loss.value)),
         ),
     )
     tangents = _grad(
         [update.parameters[name] for name in moved],
         list(gradients.values()),
-        [cotangent / problem.grad_scale for cotangent in cotangents],
+        [problem.unscaled(cotangent) for cotangent in cotangents],
     )
     return dict(zip(moved, tangents, strict=True)), meta_loss, update.num_zero_moments
-
-
-@functools.cache
-def _load_forward_mode() -> None:
-    """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ...]:
@@ -259,35 +265,37 @@ def _leaves(tensors: Parameters) -> Parameters:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
-ESTIMATORS: dict[str, Callable[[MetaProblem], Hypergradient]] = {
-    "forward": forward_mode,
-    "finite_difference": finite_difference,
-    "unrolled": unrolled,
-}
+ESTIMATORS = ("auto", "forward", "finite_difference", "unrolled")
 
 
 def estimate(estimator: str, problem: MetaProblem) -> tuple[Hypergradient, str]:
     """The hypergradient, and which estimator to use from now on.
 
-    "auto" is forward mode, unless PyTorch says that an operation of the model has none: then it is
-    finite differences, and the log says which operation decided.
+    "auto" is forward mode, until PyTorch says that an operation of the model has none: from then on
+    it is finite differences, and the log says which operation decided.
     """
-    if estimator in ("finite_difference", "unrolled"):
-        return ESTIMATORS[estimator](problem), estimator
-    try:
-        return forward_mode(problem), "forward"
-    except (NotImplementedError, RuntimeError) as error:
-        named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
-        if not (named or isinstance(error, NotImplementedError)):
-            raise
-        if estimator == "forward":
-            raise NotImplementedError(
-                "The model has an operation without forward mode. Use estimator='finite_difference'"
-                " (approximate) or 'unrolled' (exact, more memory)."
-            ) from error
-        _logger.warning(
-            "Finite differences instead of forward mode, so hypergradients are approximate from "
-            "here on: %s",
-            str(error).splitlines()[0],
-        )
-    return finite_difference(problem), "finite_difference"
+    if estimator == "unrolled":
+        return unrolled(problem), estimator
+    tangents, meta_loss, num_zero_moments = _tangents(problem)
+    if estimator != "finite_difference":
+        try:
+            product = dual_product(problem, tangents)
+        except (NotImplementedError, RuntimeError) as error:
+            named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
+            if not (named or isinstance(error, NotImplementedError)):
+                raise
+            if estimator == "forward":
+                raise NotImplementedError(
+                    "The model has an operation without forward mode. Use estimator="
+                    "'finite_difference' (approximate) or 'unrolled' (exact, more memory)."
+                ) from error
+            _logger.warning(
+                "Finite differences instead of forward mode, so hypergradients are approximate "
+                "from here on: %s",
+                str(error).splitlines()[0],
+            )
+            estimator = "finite_difference"
+    if estimator == "finite_difference":
+        product = difference_product(problem, tangents)
+    value = (problem.sample_shares * product).detach()
+    return Hypergradient(value, meta_loss, num_zero_moments), estimator

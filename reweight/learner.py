@@ -1,7 +1,7 @@
 """Learning the reweighter: what its weights, its optimizer and a hypergradient make of it."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class ReweighterLearner:
         self.optimizer = _optimizer_for(reweighter, optimizer)
         self.clip_hypergradient = clip_hypergradient
         self.num_skipped = torch.zeros((), dtype=torch.int64)
-        self._was_cold = False
+        self._was_cold = self._has_stepped = False
 
     @property
     def is_trainable(self) -> bool:
@@ -47,7 +47,7 @@ class ReweighterLearner:
 
     def weights(self, losses: ExitLosses) -> Tensor:
         """W = g(l), shape [B, K]."""
-        weights: Tensor = self.reweighter(losses)
+        weights: Tensor = self.reweighter(losses._replace(losses=losses.losses.detach()))
         if weights.shape != losses.losses.shape:
             raise ValueError(
                 f"`reweighter` must return weights of the shape of the losses, "
@@ -64,9 +64,19 @@ class ReweighterLearner:
         ok = ~nonfinite.any()
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / value.norm()).clamp(max=1)
+        before, num_skipped = _Snapshot(self.optimizer), self.num_skipped
+
+        def undo() -> None:
+            before.restore()
+            self.num_skipped = num_skipped
+
         self.optimizer.zero_grad(set_to_none=True)  # the user may have run a backward through it
-        weights.backward(value)
-        undo = step_where(self.optimizer, ok)
+        # The very first step makes the optimizer's state and so waits for the device to say whether
+        # to take it; from then on a step that is not to be is taken back where it happens.
+        if weights.requires_grad and (self._has_stepped or bool(ok)):
+            weights.backward(value)
+            step_where(self.optimizer, ok, before)
+            self._has_stepped = True
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
         return Update(hypergradient, nonfinite, undo)
 
@@ -93,55 +103,81 @@ class ReweighterLearner:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, or raise ValueError with nothing loaded."""
-        options = repr(self.reweighter)
-        if state_dict["reweighter_options"] != options:
-            raise ValueError(
-                f"`state_dict` must be of this reweighter:\n{options}\ngot\n"
-                f"{state_dict['reweighter_options']}"
-            )
+        for name, ours, theirs in (
+            ("reweighter_options", repr(self.reweighter), state_dict["reweighter_options"]),
+            ("reweighter", *map(_shapes, (self.reweighter.state_dict(), state_dict["reweighter"]))),
+            (
+                "reweighter_optimizer",
+                None if self.optimizer is None else _options(self.optimizer.state_dict()),
+                _options(state_dict["reweighter_optimizer"]),
+            ),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"`state_dict` must be of this reweighter and optimizer; its {name} is\n"
+                    f"{theirs}\nand not\n{ours}"
+                )
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state_dict["reweighter_optimizer"])
         self.reweighter.load_state_dict(state_dict["reweighter"])
         self.num_skipped = state_dict["num_skipped"]
+        self._has_stepped = self.optimizer is not None and bool(self.optimizer.state)
 
 
-def step_where(optimizer: Optimizer, ok: Tensor) -> Callable[[], None]:
+class _Snapshot:
+    """The parameters of an optimizer and its state, now."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.states = [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in optimizer.state[p].items()
+            }
+            if p in optimizer.state
+            else None
+            for p in self.parameters
+        ]
+
+    def restore(self) -> None:
+        """Put both back."""
+        for parameter, value, state in zip(self.parameters, self.values, self.states, strict=True):
+            parameter.data.copy_(value)
+            self._optimizer.state.pop(parameter, None)
+            if state is not None:
+                self._optimizer.state[parameter] = state
+
+
+def step_where(optimizer: Optimizer, ok: Tensor, before: _Snapshot) -> None:
     """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
 
-    Takes the gradients away afterwards. State kept on another device than ``ok`` (the step count of
-    Adam, which lives on the CPU) moves on in either case.
-
-    Returns:
-        A function that undoes the step.
+    Takes the gradients away afterwards. State that lives on another device than ``ok`` (the step
+    count of Adam, on the CPU) moves on in either case.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
+    for parameter in before.parameters:
         if parameter.grad is not None:
             parameter.grad = torch.where(ok, parameter.grad, 0)
-    before = {key: value.detach().clone() for key, value in _tensors(optimizer, parameters).items()}
     optimizer.step()
-    with torch.no_grad():
-        for key, value in _tensors(optimizer, parameters).items():
-            if value.device == ok.device:
-                value.copy_(torch.where(ok, value, before.get(key, torch.zeros_like(value))))
+    for parameter, value, state in zip(
+        before.parameters, before.values, before.states, strict=True
+    ):
+        parameter.data.copy_(torch.where(ok, parameter.data, value))
+        for name, old in (state or {}).items():
+            new = optimizer.state[parameter][name]
+            if isinstance(old, Tensor) and old.device == ok.device:
+                new.copy_(torch.where(ok, new, old))
     optimizer.zero_grad(set_to_none=True)
 
-    def undo() -> None:
-        with torch.no_grad():
-            for key, value in _tensors(optimizer, parameters).items():
-                value.copy_(before.get(key, torch.zeros_like(value)))
 
-    return undo
+def _shapes(state_dict: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in state_dict.items()}
 
 
-def _tensors(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[int, str], Tensor]:
-    """The parameters and all tensors of their state."""
-    tensors = {(i, ""): parameter for i, parameter in enumerate(parameters)}
-    for i, parameter in enumerate(parameters):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[i, name] = value
-    return tensors
+def _options(state_dict: dict[str, Any] | None) -> list[list[str]] | None:
+    """The names of the options of every group, which tell the kinds of optimizers apart."""
+    return None if state_dict is None else [sorted(g) for g in state_dict["param_groups"]]
 
 
 def _optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimizer | None:

@@ -19,7 +19,7 @@ class SampleReweighter(nn.Module):
         sigmoid   w = sigmoid(raw) / mean(sigmoid(raw))
 
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
-    1, and above a strength of 0.5 some can be negative (down to −0.28 at K = 5 and 0.8). The second
+    1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
     is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0,
     which is what noisy labels need.
 

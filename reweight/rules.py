@@ -178,9 +178,13 @@ def _in_parts(
 def _moments(states: States, name: str, descents: Tensors) -> Tensors:
     """A moment of every parameter, zeros where there is none yet."""
     return tuple(
-        torch.zeros_like(d) if state.get(name) is None else state[name]
+        torch.zeros_like(d) if state.get(name) is None else _dense(state[name])
         for state, d in zip(states, descents, strict=True)
     )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _transformed(transformation: GradientTransformation, state: Any, descents: Tensors) -> Tensors:

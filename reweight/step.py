@@ -59,15 +59,16 @@ class MetaReweightStep:
             the first. Default 1 (the publication uses 1 for CIFAR, 100 for ImageNet).
         estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
             forwards), "unrolled" (exact, double backward; slower and larger, for reference), or
-            "auto" (default): forward, unless an operation of the model has no forward mode; which
-            one is logged, once.
+            "auto" (default): forward, until an operation of the model has no forward mode, and
+            finite differences from then on; the log says which operation it was.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
             own step cannot be differentiated.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
-        clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
-            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        clip_grad_norm: the norm to which you clip the gradient of the optimizer's parameters before
+            ``optimizer.step()``, so that the pseudo update does so too. Calling the step clips by
+            itself. Default: no clipping.
         clip_hypergradient: the largest norm of ∂L_meta/∂w that reaches the reweighter; larger ones
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
@@ -106,15 +107,14 @@ class MetaReweightStep:
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
-        check_choice("estimator", estimator, ("auto", *ESTIMATORS))
+        check_choice("estimator", estimator, ESTIMATORS)
         check_choice("pseudo_update", pseudo_update, ("exact", "gradient_descent"))
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"`clip_grad_norm` must be positive, got {clip_grad_norm}.")
         self.model, self.reweighter = model, reweighter
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
-        if pseudo_update == "exact":
-            for one in self.optimizers:
-                check_differentiable(one)
+        for one in self.optimizers:
+            check_differentiable(one, pseudo_update)
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.objective = BudgetedObjective() if objective is None else objective
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
@@ -129,7 +129,7 @@ class MetaReweightStep:
 
     def __call__(self, train: Batch, meta: Batch) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
-        if self.scaler is not None:
+        if self.scaler is not None and self.scaler.is_enabled():
             raise ValueError(
                 "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
                 "and scaler.update() in its place."
@@ -185,7 +185,7 @@ class MetaReweightStep:
                     weights = self._learner.weights(losses)
                 # A second backward of the same graph: the weighted gradient needs no forward.
                 coefficients = scale * losses.sample_shares() * weights
-                losses.losses.backward(self._grad_scale(coefficients.device) * coefficients)
+                losses.losses.backward(self._scaled(coefficients))
         except BaseException:
             beginning.restore()
             for parameter, gradient in gradients.items():
@@ -261,19 +261,19 @@ class MetaReweightStep:
 
         weights = self._learner.weights(losses)
         problem = meta_problem(
-            self._forward,
-            self.model,
-            self.objective,
-            train,
-            meta,
-            beginning,
-            losses,
-            weights,
-            parameters,
-            accumulated,
-            update,
-            scale,
-            self._grad_scale(losses.losses.device),
+            forward=self._forward,
+            model=self.model,
+            objective=self.objective,
+            train=train,
+            meta=meta,
+            beginning=beginning,
+            losses=losses,
+            weights=weights,
+            parameters=parameters,
+            accumulated=accumulated,
+            update=update,
+            scale=scale,
+            grad_scale=None if self.scaler is None else self._scaled(losses.losses.new_ones(())),
         )
         hypergradient, self.estimator = estimate(self.estimator, problem)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
@@ -292,9 +292,8 @@ class MetaReweightStep:
     def _held_parameters(self) -> Parameters:
         return held_parameters(self.model, self.optimizers)
 
-    def _grad_scale(self, device: torch.device) -> Tensor:
-        one = torch.ones((), device=device)
-        return one if self.scaler is None else self.scaler.scale(one)
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        return tensor if self.scaler is None else self.scaler.scale(tensor)
 
     def _attention(self) -> AbstractContextManager[None]:
         return plain_attention() if self.estimator == "unrolled" else nullcontext()

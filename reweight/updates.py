@@ -15,6 +15,7 @@ import torch
 import torchopt
 from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation, UninitializedState
+from torchopt.transform.scale_by_adadelta import ScaleByAdadeltaState
 
 from reweight.rules import RULES, SECOND_MOMENTS, Group
 
@@ -58,8 +59,9 @@ def pseudo_update(
         parameters: θ by name.
         gradients: by name; a parameter that has none, or that no optimizer holds, stays where it
             is, as in ``torch.optim``.
-        exactness: "gradient_descent" takes θ̂ = θ − α·gradient with the optimizer's own learning
-            rate for its step: an approximation, for optimizers that cannot be differentiated.
+        exactness: "gradient_descent" takes θ̂ = θ − α·gradient with the learning rate of the group,
+            and nothing else of the optimizer, for its step: an approximation, for optimizers of
+            torch's form that cannot be differentiated.
 
     Returns:
         :class:`PseudoUpdate`.
@@ -76,7 +78,8 @@ def pseudo_update(
             moving = [gradients[name] for name in held]
             num_zero: Tensor | int = 0
             if exactness == "gradient_descent":
-                moved = [p - group["lr"] * g for p, g in zip(now, moving, strict=True)]
+                rate = -group["lr"] if group.get("maximize") else group["lr"]
+                moved = [p - rate * g for p, g in zip(now, moving, strict=True)]
             elif isinstance(optimizer, torchopt.Optimizer):
                 moved, num_zero = _by_torchopt(optimizer, index, now, moving)
             else:
@@ -97,6 +100,9 @@ def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOpti
                 "`optimizer` must be an optimizer of torch.optim or torchopt, a gradient "
                 f"transformation of torchopt, or a list of optimizers, got {type(one).__name__}."
             )
+    held = list(map(id, held_by(several)))
+    if len(set(held)) < len(held):
+        raise ValueError("`optimizer` must hold each parameter once, got one that is held twice.")
     return tuple(several)
 
 
@@ -127,14 +133,21 @@ def _groups(optimizer: AnyOptimizer) -> list[Group]:
     return optimizer.param_groups
 
 
-def check_differentiable(optimizer: AnyOptimizer) -> None:
+def check_differentiable(optimizer: AnyOptimizer, exactness: Exactness = "exact") -> None:
     """Refuse, with the reason, an optimizer whose step cannot be differentiated.
 
     Raises:
         TypeError: Adafactor, LBFGS, Muon, Rprop, SparseAdam, or a class that is not of torch.optim
             (a subclass may do anything in its ``step``).
     """
-    if isinstance(optimizer, torchopt.Optimizer) or type(optimizer) in (*RULES, *_STOCK):
+    if isinstance(optimizer, torchopt.Optimizer):
+        if exactness == "gradient_descent":
+            raise TypeError(
+                "`optimizer` must have a learning rate for pseudo_update='gradient_descent', got "
+                "one of torchopt, which is differentiable as it is. Leave pseudo_update away."
+            )
+        return
+    if exactness == "gradient_descent" or type(optimizer) in (*RULES, *_STOCK):
         return
     name = type(optimizer).__name__
     known = type(optimizer).__module__.startswith("torch.optim")
@@ -156,8 +169,8 @@ def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
 
 
 def is_cold(optimizer: AnyOptimizer) -> bool:
-    """Whether this is an Adam without state: its step is sign(g) then, with derivative about 0."""
-    kinds = (optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax, optim.Adagrad)
+    """Whether this is an Adam without state: its step is sign(g), with derivative about 0."""
+    kinds = (optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax)
     return isinstance(optimizer, kinds) and not any(
         "step" in state and state["step"] is not None for state in optimizer.state.values()
     )
@@ -204,8 +217,7 @@ def _by_stock_class(
     """One group, by the class itself with ``differentiable=True``, on copies of all it changes."""
     copies = [p.detach().clone().requires_grad_().clone() for p in parameters]  # no leaves
     settings = {**group, "params": copies, "differentiable": True, "foreach": False}
-    if "fused" in group:
-        settings["fused"] = False
+    settings |= {name: False for name in ("fused", "capturable") if name in group}
     twin = type(optimizer)([settings], differentiable=True)  # type: ignore[call-arg]
     for p, moving, gradient in zip(parameters, copies, gradients, strict=True):
         state = copy.deepcopy(optimizer.state.get(p, {}))
@@ -245,7 +257,7 @@ def _by_torchopt(
             tuple(given.get(id(p)) for p in members), state, params=start, inplace=False
         )
     moved = {id(p): s + u for p, s, u in zip(members, start, updates, strict=True) if u is not None}
-    return [moved[id(p)] for p in parameters], zero
+    return [moved.get(id(p), p.detach()) for p in parameters], zero
 
 
 def _cut(gradient: Tensor, mask: Tensor) -> Tensor:
@@ -256,7 +268,7 @@ def _cut(gradient: Tensor, mask: Tensor) -> Tensor:
 def _second_moments(state: Any) -> Iterator[Sequence[Tensor]]:
     """What the transformations in this state divide by the root of."""
     for name in ("nu", "sum_of_squares"):
-        if hasattr(state, name):
+        if hasattr(state, name) and not isinstance(state, ScaleByAdadeltaState):
             yield getattr(state, name)
     if type(state) in (tuple, list):
         for part in state:

@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,23 @@ class Convolutions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(len(x), 1, 1, WIDTH)
         return self.out(self.norm(self.conv(x)).tanh().flatten(1))
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.generator = linear(), torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+
+    def __deepcopy__(self, memo):
+        with torch.random.fork_rng():
+            twin = OwnGenerator()
+        twin.body = copy.deepcopy(self.body, memo)
+        twin.generator.set_state(self.generator.get_state())
+        memo[id(self)] = twin
+        return twin
 
 
 class StochasticDepth(nn.Module):
@@ -212,6 +230,7 @@ ROWS = {
     "LayerNorm": Row(lambda: net(linear(), nn.LayerNorm(WIDTH))),
     "channels_last": Row(lambda: net(Convolutions(nn.BatchNorm2d, channels_last=True), linear())),
     "dropout": Row(lambda: net(linear(), nn.Sequential(linear(), nn.Dropout(0.5)))),
+    "a torch.Generator of its own": Row(lambda: net(linear(), OwnGenerator())),
     "stochastic depth": Row(lambda: net(StochasticDepth(), StochasticDepth())),
     "nn.MultiheadAttention, fused": Row(
         lambda: net(SelfAttention(False), SelfAttention(False)), inputs="sequence"
@@ -235,6 +254,11 @@ ROWS = {
     "embedding with padding": Row(lambda: net(Embedded(padding_idx=0), linear()), inputs="tokens"),
     "embedding with sparse gradients": Row(
         lambda: net(Embedded(sparse=True), linear()), inputs="tokens", optimizer=SGD
+    ),
+    "embedding with sparse gradients and momentum": Row(
+        lambda: net(Embedded(sparse=True), linear()),
+        inputs="tokens",
+        optimizer=partial(SGD, momentum=0.9),
     ),
     "nn.EmbeddingBag": Row(lambda: net(Bag(), linear()), DIFFERENCES, inputs="tokens"),
     "weight_norm": Row(
@@ -338,7 +362,7 @@ def test_model(name: str, through: str, caplog) -> None:
     with caplog.at_level(logging.WARNING, "reweight"):
         getattr(step, through)(train, meta)
     hypergradient = weights - reweighter.weights.detach()
-    assert step.estimator == {EXACT: "forward", DIFFERENCES: "finite_difference"}[row.how]
+    assert step.estimator == {EXACT: "auto", DIFFERENCES: "finite_difference"}[row.how]
     logged = [record.message for record in caplog.records if record.name == "reweight"]
     assert len(logged) == (row.how == DIFFERENCES), "one line that names the operation"
     tolerance = 1e-5 if row.how == EXACT else 1e-3
@@ -383,6 +407,59 @@ def test_only_the_forward_mode_pass_leaves_the_fused_kernel() -> None:
         step.backward(train, meta)
     assert plain.calls > 0
     assert ours.calls == 2 * plain.calls  # the train and the meta forward
+
+
+class AutocastInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net(linear(), linear())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [logits.float() for logits in self.inner(x)]
+
+
+def test_differences_see_low_precision_inside_the_model() -> None:
+    torch.manual_seed(0)
+    model = AutocastInside()
+    train, meta = ((x.float(), y) for x, y in (batch("features", 1), batch("features", 2)))
+    found = []
+    for estimator in ("forward", "finite_difference"):
+        weights = torch.ones(8, 2)
+        fixed = Fixed(weights)
+        step = MetaReweightStep(
+            model,
+            SGD(model.parameters(), lr=0.1),
+            fixed,
+            reweighter_optimizer=SGD(fixed.parameters(), lr=1.0),
+            objective=MeanObjective(),
+            estimator=estimator,
+        )
+        step.update_reweighter(train, meta)
+        found.append(weights - step.reweighter.weights.detach())
+    exact, near = found
+    assert (near - exact).norm() < 0.2 * exact.norm()
+
+
+def test_cached_parametrizations_are_refused() -> None:
+    model, optimizer, train, meta = set_up(ROWS["weight_norm"])
+    step = MetaReweightStep(model, optimizer, Fixed(torch.rand(8, 2).double()))
+    with (
+        torch.nn.utils.parametrize.cached(),
+        pytest.raises(ValueError, match=r"parametrize.cached\(\)"),
+    ):
+        step.backward(train, meta)
+
+
+def test_auto_falls_back_when_the_operation_comes_late(caplog) -> None:
+    model, optimizer, train, meta = set_up(ROWS["dropout"])
+    step = MetaReweightStep(model, optimizer, Fixed(torch.rand(8, 2).double()))
+    step.backward(train, meta)
+    assert step.estimator == "auto"
+    model.blocks[1].append(Calls(Square.apply).double())
+    result = step.backward(train, meta)
+    assert step.estimator == "finite_difference"
+    assert result.meta_loss is not None
 
 
 def test_asking_for_forward_mode_where_there_is_none_says_what_to_do() -> None:

@@ -394,7 +394,7 @@ class TestState:
             ),
             (
                 lambda state: state["reweighter_optimizer"]["param_groups"].clear(),
-                "parameter groups",
+                "must be of this reweighter and optimizer",
             ),
         ],
     )
@@ -419,6 +419,60 @@ class TestReweighter:
         step.update_reweighter(train, meta)
         twin.update_reweighter(train, meta)
         assert_same(list(step.reweighter.parameters()), list(twin.reweighter.parameters()))
+
+    def test_no_gradient_goes_through_it_whatever_it_does(self) -> None:
+        class Careless(SampleReweighter):
+            def forward(self, losses: ExitLosses) -> torch.Tensor:
+                return 1 + 0 * super().forward(losses) + losses.losses + losses.confidence
+
+        def with_graph(logits, target) -> ExitLosses:
+            losses = exit_cross_entropy(logits, target)
+            confidence = torch.stack([z.softmax(1).amax(1) for z in logits], 1)
+            return losses._replace(confidence=confidence)
+
+        step = make(reweighter=Careless(3), loss=with_graph)
+        before = snapshot(step)
+        step.update_reweighter(*batches())
+        assert snapshot(step) == before
+        result = step.backward(*batches())
+        assert not result.losses.confidence.requires_grad
+
+    @pytest.mark.parametrize(
+        "make_optimizer",
+        [
+            torch.optim.NAdam,
+            torch.optim.ASGD,
+            torch.optim.Rprop,
+            lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+        ],
+    )
+    def test_a_first_update_that_is_skipped_leaves_its_optimizer_fresh(self, make_optimizer):
+        step = make()
+        twin = copy.deepcopy(step)
+        for one in (step, twin):
+            one._learner.optimizer = make_optimizer(one.reweighter.parameters())
+        train, meta = batches()
+        step.update_reweighter((torch.full_like(train[0], torch.nan), train[1]), meta)
+        for one in (step, twin):
+            for _ in range(3):
+                one.update_reweighter(train, meta)
+        assert_same(list(step.reweighter.parameters()), list(twin.reweighter.parameters()))
+
+    @pytest.mark.parametrize("spoil", ["missing", "shape", "optimizer"])
+    def test_a_broken_checkpoint_loads_nothing(self, spoil: str) -> None:
+        step, other = make(), make()
+        other.update_reweighter(*batches())
+        state, before = copy.deepcopy(other.state_dict()), copy.deepcopy(step.state_dict())
+        if spoil == "missing":
+            del state["reweighter"]["network.0.bias"]
+        elif spoil == "shape":
+            state["reweighter"]["network.2.bias"] = torch.zeros(7)
+        else:
+            sgd = SGD(other.reweighter.parameters(), lr=0.1)
+            state["reweighter_optimizer"] = sgd.state_dict()
+        with pytest.raises(ValueError, match="must be of this reweighter and optimizer"):
+            step.load_state_dict(state)
+        assert_same(step.state_dict(), before)
 
     def test_a_frozen_one_just_weights(self) -> None:
         step = make(reweighter=SampleReweighter(3).requires_grad_(False))

@@ -18,7 +18,7 @@ from cases import (
 )
 from properties import assert_same
 from references import copy_together
-from reweight.learner import step_where
+from reweight.learner import _Snapshot, step_where
 from reweight.updates import as_optimizers, check_differentiable, clip_gradients, pseudo_update
 
 
@@ -52,7 +52,7 @@ def assert_is_the_next_step(model: nn.Module, optimizer, gradients) -> None:
         assert predicted[name].requires_grad == (name in gradients)
 
 
-@pytest.mark.parametrize("num_warm_steps", [0, 1, 4])
+@pytest.mark.parametrize("num_warm_steps", [0, 1, 4, 7])  # RAdam rectifies from the sixth on
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 def test_update_is_the_optimizers_next_step(rule: str, num_warm_steps: int) -> None:
     model, batch = make_model("mlp"), make_batch("mlp")
@@ -134,6 +134,43 @@ def test_an_optimizer_of_torchopt_is_taken_as_it_is(rule: str, num_warm_steps: i
     for name, parameter in parameters.items():
         assert (first.parameters[name] - parameter).abs().max() < 1e-12, name
         assert first.parameters[name].requires_grad
+
+
+def test_a_parameter_that_torchopt_has_no_momentum_for_stays() -> None:
+    model, batch = make_model("mlp"), make_batch("mlp")
+    parameters = dict(model.named_parameters())
+    optimizer = TORCHOPT["sgd_dampening"](tuple(parameters.values()))
+    model.blocks[0].requires_grad_(False)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        conventional_loss(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    model.blocks[0].requires_grad_(True)
+    gradients = gradients_of(model, batch)
+    predicted = pseudo_update([optimizer], parameters, gradients).parameters
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name].clone()
+    optimizer.step()
+    for name, parameter in parameters.items():
+        assert (predicted[name] - parameter).abs().max() < 1e-12, name
+
+
+def test_a_parameter_held_twice_is_refused() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="each parameter once"):
+        as_optimizers([SGD([parameter], lr=0.1), SGD([parameter], lr=0.2)], [])
+
+
+def test_gradient_descent_knows_the_direction_but_not_torchopt() -> None:
+    class Mine(SGD):
+        pass
+
+    parameter = torch.ones(2, requires_grad=True)
+    optimizer = Mine([parameter], lr=0.1, maximize=True)
+    update = pseudo_update([optimizer], {"p": parameter}, {"p": parameter}, "gradient_descent")
+    torch.testing.assert_close(update.parameters["p"], torch.full((2,), 1.1))
+    with pytest.raises(TypeError, match="Leave pseudo_update away"):
+        check_differentiable(TORCHOPT["sgd"]((parameter,)), "gradient_descent")
 
 
 def test_several_optimizers_move_each_its_own() -> None:
@@ -236,7 +273,7 @@ def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
 
     (stepped, optimizer), (expected, plain) = fresh(), fresh()
     stepped.grad, expected.grad = torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.2])
-    step_where(optimizer, torch.tensor(True))
+    step_where(optimizer, torch.tensor(True), _Snapshot(optimizer))
     plain.step()
     assert torch.equal(stepped, expected)
     assert_same(optimizer.state_dict(), plain.state_dict())
@@ -245,8 +282,11 @@ def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
     before = kept.detach().clone()
     state_before = copy.deepcopy(optimizer.state_dict())
     kept.grad = torch.tensor([torch.nan, 0.2])
-    step_where(optimizer, torch.tensor(False))
+    snapshot = _Snapshot(optimizer)
+    step_where(optimizer, torch.tensor(False), snapshot)
     assert torch.equal(kept, before)
     assert kept.grad is None
     if num_steps:
         assert_same(optimizer.state_dict(), state_before)
+    snapshot.restore()  # the state too that the step has made
+    assert_same(optimizer.state_dict(), state_before)
