@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -131,13 +132,8 @@ def meta_problem(
     def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
         beginning.random_state.restore()
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        return forward.at(
-            {**detached, **at},
-            beginning.buffers,
-            *train,
-            lambda losses: losses.losses,
-            within=within,
-        )
+        swapped = {**detached, **at}
+        return forward.at(swapped, beginning.buffers, *train, attrgetter("losses"), within=within)
 
     return MetaProblem(
         parameters=parameters,
