@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -133,7 +132,9 @@ def meta_problem(
         beginning.random_state.restore()
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
         swapped = {**detached, **at}
-        return forward.at(swapped, beginning.buffers, *train, attrgetter("losses"), within=within)
+        return forward.at(
+            swapped, beginning.buffers, *train, lambda exits: exits.losses, within=within
+        )
 
     return MetaProblem(
         parameters=parameters,

@@ -1,6 +1,7 @@
 """The pseudo update against the step that the real optimizer takes next."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,18 @@ def test_gradient_descent_knows_the_direction_but_not_torchopt() -> None:
     torch.testing.assert_close(update.parameters["p"], torch.full((2,), 1.1))
     with pytest.raises(TypeError, match="Leave pseudo_update away"):
         check_differentiable(TORCHOPT["sgd"]((parameter,)), "gradient_descent")
+
+
+def test_every_optimizer_of_pytorch_has_its_row_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text()
+    table = page[page.index("| optimizer | by |") :]
+    names = [
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    ]
+    missing = [name for name in names if name != "Optimizer" and name not in table]
+    assert not missing
 
 
 def test_several_optimizers_move_each_its_own() -> None:
