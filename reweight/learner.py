@@ -46,7 +46,7 @@ class ReweighterLearner:
         return any(parameter.requires_grad for parameter in self.reweighter.parameters())
 
     def weights(self, losses: ExitLosses) -> Tensor:
-        """W = g(l), shape [B, K]."""
+        """The weights w = g(l), shape [B, K]."""
         weights: Tensor = self.reweighter(losses._replace(losses=losses.losses.detach()))
         if weights.shape != losses.losses.shape:
             raise ValueError(

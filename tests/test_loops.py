@@ -319,7 +319,7 @@ class TestState:
         with pytest.raises((RuntimeError, ValueError)):
             torch.load(io.BytesIO(buffer.getvalue()[:-200]), weights_only=True)
 
-    @pytest.mark.filterwarnings("ignore:torch.distributed is")
+    @pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage is")
     def test_goes_through_distributed_checkpoint(self, tmp_path) -> None:
         checkpoint = pytest.importorskip("torch.distributed.checkpoint")
         model, optimizer, train, meta = parts()
