@@ -32,6 +32,15 @@ PRECISIONS = {
 }
 
 
+class Blind(hypergradient.DifferenceWatch):
+    """Does not see low precision, so that each step asked for is the one taken."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Takes everything but the precision."""
+        if name != "precision":
+            super().__setattr__(name, value)
+
+
 class Fixed(nn.Module):
     """Weights that are parameters, whose gradient is the hypergradient."""
 
@@ -78,8 +87,10 @@ def main() -> None:
             chosen = (
                 nullcontext()
                 if step is None
-                else patch.object(
-                    hypergradient, "working_precision", lambda _, step=step: step**1.5
+                else patch.multiple(
+                    hypergradient,
+                    working_precision=lambda _, step=step: step**1.5,
+                    DifferenceWatch=Blind,
                 )
             )
             low = torch.autocast("cpu", autocast) if autocast else nullcontext()

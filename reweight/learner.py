@@ -60,7 +60,7 @@ class ReweighterLearner:
         assert self.optimizer is not None
         value = hypergradient.value
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        nonfinite = torch.stack([~value.isfinite().all() for value in values])
+        nonfinite = torch.stack([~each.isfinite().all() for each in values])
         ok = ~nonfinite.any()
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / value.norm()).clamp(max=1)
