@@ -1,0 +1,1 @@
+"""Fused kernels behind ``exit_cross_entropy``."""
