@@ -10,7 +10,7 @@ from reweight.budget import (
     find_thresholds,
 )
 from reweight.costs import exit_costs
-from reweight.losses import ExitLosses, exit_cross_entropy
+from reweight.losses import ExitLosses, exit_cross_entropy, linear_exit_cross_entropy
 from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
@@ -34,5 +34,6 @@ __all__ = [
     "exit_cross_entropy",
     "exit_shares",
     "find_thresholds",
+    "linear_exit_cross_entropy",
     "swap_halves",
 ]

@@ -7,6 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reweight.kernels import composite
+from reweight.kernels.dispatch import choose, choose_linear, is_traced
+from reweight.kernels.function import fused
+from reweight.kernels.linear import fused_linear
+
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 """K tensors [*S, C], one tensor [K, *S, C], or for a single exit one tensor [*S, C].
 
@@ -61,29 +66,38 @@ def exit_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    impl: str = "auto",
 ) -> ExitLosses:
     """Cross-entropy of every sample at every exit; confidence and correctness from the same pass.
 
     The losses equal ``torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits],
     dim=1)``, computed in float32 at least; every token of a [B, T] target is a sample of its own.
+    Derivatives of every order and mode are exact, under ``torch.func`` and ``torch.compile`` too.
 
     Args:
         logits: K tensors [B, C_k] or [B, T, C_k]; one tensor [K, B, C] or [K, B, T, C]; or for a
             single exit one tensor [B, C] or [B, T, C].
-        target: class indices, int64, shape [B] or [B, T].
-        ignore_index: samples with this target have loss 0, are never correct, and are not
-            ``valid``: they drop out of every mean.
+        target: class indices, int64, shape [B] or [B, T]; or probabilities, shape [B, C] or
+            [B, T, C], the same for all exits.
+        ignore_index: samples with this target have loss 0 and gradient 0 (even where a logit is not
+            a number), are never correct, and are not ``valid``: they drop out of every mean.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``, in [0, 1].
         class_weight: one weight per class, shape [C], multiplied into the losses.
+        impl: "torch" (few PyTorch operations, for the CPU), "triton" (one launch for all exits),
+            "reference" (plain differentiable operations), or "auto" (default): the first that fits,
+            of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and
+            label smoothing or class weights but not both; "auto" takes the reference for the rest.
+            Under ``torch.compile``, which fuses it, and ``torch.func`` all are the reference.
 
     Returns:
         :class:`ExitLosses` with B·T samples where the target is [B, T].
 
     Raises:
-        TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is not
-            int64.
-        ValueError: shapes disagree, the batch is empty, or a target is out of range (checked on the
-            CPU; on other devices PyTorch's own assertion reports it).
+        TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is
+            neither int64 nor floating point.
+        ValueError: shapes disagree, the batch is empty, an option is out of range or not for this
+            implementation, or a target is out of range (checked on the CPU; on other devices
+            PyTorch's own assertion reports it).
 
     Example:
         >>> early = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -96,68 +110,154 @@ def exit_cross_entropy(
         tensor([[ True,  True],
                 [ True, False]])
     """
+    _check_label_smoothing(label_smoothing)
+    exits = _exits("logits", logits, target)
+    implementation = choose(impl, exits, target, label_smoothing, class_weight)
+    classes, valid, ignore = _classes(target, ignore_index, [z.shape[-1] for z in exits])
+    if implementation == "reference":
+        rows = [z.reshape(len(valid), -1) for z in exits]
+        results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
+    else:
+        tensors = [logits] if isinstance(logits, Tensor) else exits
+        rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
+        results = fused(rows, classes, ignore, label_smoothing, implementation)
+        if class_weight is not None:
+            factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
+            results = results[0] * factor.unsqueeze(1), *results[1:]
+    return ExitLosses(*results, valid)
+
+
+def linear_exit_cross_entropy(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> ExitLosses:
+    """``exit_cross_entropy`` of exits that share one linear head, without their logits in memory.
+
+    For language models, whose logits are far larger than all else: about 256 rows of them, of all
+    exits together, exist at a time, and the backward computes them again. The gradient of the head
+    is added up in float32. Derivatives of every order and mode are exact; those of second order,
+    ``torch.compile`` and ``torch.func`` hold all logits after all. Under autocast the products are
+    computed in its dtype, as those of ``torch.nn.functional.linear`` are.
+
+    Args:
+        hidden: what enters the head at each exit: K tensors [B, D] or [B, T, D], or one [K, B, D]
+            or [K, B, T, D].
+        weight: of the head, shape [V, D].
+        target: class indices, int64, shape [B] or [B, T].
+        bias: of the head, shape [V]. Default: none.
+        ignore_index: as in :func:`exit_cross_entropy`.
+        label_smoothing: as in :func:`exit_cross_entropy`.
+
+    Returns:
+        :class:`ExitLosses` with B·T samples where the target is [B, T].
+
+    Raises:
+        TypeError: the hidden states are neither a tensor nor a sequence of tensors, or the target
+            is not int64.
+        ValueError: shapes disagree, the batch is empty, or an option or a target is out of range.
+
+    Example:
+        >>> head = torch.nn.Linear(8, 100)
+        >>> early, late = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        >>> target = torch.randint(100, (2, 3))
+        >>> linear_exit_cross_entropy([early, late], head.weight, target, head.bias).losses.shape
+        torch.Size([6, 2])
+    """
+    _check_label_smoothing(label_smoothing)
+    exits = _exits("hidden", hidden, target)
+    if target.is_floating_point():
+        raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
+    for exit_hidden in exits:
+        if weight.dim() != 2 or weight.shape[1] != exit_hidden.shape[-1]:
+            raise ValueError(
+                f"`weight` must have the shape ['V', {exit_hidden.shape[-1]}], its rows as long as "
+                f"those of `hidden`, got {list(weight.shape)}."
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"`bias` must have the shape [{len(weight)}], got {list(bias.shape)}.")
+    classes, valid, ignore = _classes(target, ignore_index, [len(weight)])
+    rows = [each.reshape(len(classes), -1) for each in exits]
+    head = [weight] if bias is None else [weight, bias]
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        head, rows = ([each.to(dtype) for each in tensors] for tensors in (head, rows))
+    with torch.autocast(device, enabled=False):  # the backward, run outside of it, computes alike
+        if is_traced():
+            logits = [F.linear(each, *head) for each in rows]
+            results = composite.forward(logits, classes, ignore, label_smoothing)
+        else:
+            implementation = choose_linear(rows)
+            results = fused_linear(rows, head, classes, ignore, label_smoothing, implementation)
+    return ExitLosses(*results, valid)
+
+
+def _check_label_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
-    exits = _exits(logits, target)
-    target = target.reshape(-1)
-    valid = target != ignore_index
-    losses, confidences, corrects = [], [], []
-    for index, exit_logits in enumerate(exits):
-        rows = exit_logits.reshape(len(target), -1)
-        num_classes = rows.shape[1]
-        _check_range(target, valid, num_classes, index)
-        log_probabilities = rows.log_softmax(
-            1, dtype=torch.promote_types(rows.dtype, torch.float32)
-        )
-        weight = None if class_weight is None else class_weight.to(log_probabilities)
-        loss = F.nll_loss(
-            log_probabilities, target, weight, ignore_index=ignore_index, reduction="none"
-        )
-        if label_smoothing:  # (1 - ε) l + (ε / C) Σ_c over all classes as if each were the target
-            weighted = log_probabilities if weight is None else log_probabilities * weight
-            uniform = torch.where(valid, -weighted.sum(1) / num_classes, 0)
-            loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-        best, prediction = log_probabilities.detach().max(1)
-        losses.append(loss)
-        confidences.append(best.exp())
-        corrects.append(prediction == target)
-    return ExitLosses(
-        torch.stack(losses, 1), torch.stack(confidences, 1), torch.stack(corrects, 1), valid
-    )
 
 
-def _exits(logits: Logits, target: Tensor) -> list[Tensor]:
-    """The logits of each exit, [*S, C_k], whatever form they came in."""
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = f"a tensor of {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"`target` must hold class indices as an int64 tensor, got {got}.")
+def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    """The tensor of each exit, [*S, C_k], whatever form they came in."""
+    if not isinstance(target, Tensor) or not (
+        target.dtype == torch.int64 or (target.is_floating_point() and target.dim() > 1)
+    ):
+        got = type(target).__name__
+        if isinstance(target, Tensor):
+            got = f"a tensor of {target.dtype}, shape {list(target.shape)}"
+        raise TypeError(
+            "`target` must hold class indices as an int64 tensor, or probabilities [..., C] as a "
+            f"floating point one, got {got}."
+        )
     if target.numel() == 0:
         raise ValueError(f"`target` must hold at least one sample, got shape {list(target.shape)}.")
-    if isinstance(logits, Tensor):
-        exits = list(logits) if logits.dim() == target.dim() + 2 else [logits]
-    elif isinstance(logits, Sequence) and logits and all(isinstance(z, Tensor) for z in logits):
-        exits = list(logits)
+    samples = target.shape[:-1] if target.is_floating_point() else target.shape
+    if isinstance(tensors, Tensor):
+        exits = list(tensors) if tensors.dim() == len(samples) + 2 else [tensors]
+    elif isinstance(tensors, Sequence) and tensors and all(isinstance(z, Tensor) for z in tensors):
+        exits = list(tensors)
     else:
         raise TypeError(
-            "`logits` must be a tensor or a non-empty list or tuple of tensors, one for each exit, "
-            f"got {type(logits).__name__}. Pass `exits=`, a function that takes the logits out of "
-            "what the model returns."
+            f"`{name}` must be a tensor or a non-empty list or tuple of tensors, one for each "
+            f"exit, got {type(tensors).__name__}. Pass `exits=`, a function that takes the logits "
+            "out of what the model returns."
         )
-    for index, exit_logits in enumerate(exits):
-        if exit_logits.shape[:-1] != target.shape or exit_logits.numel() == 0:
+    classes = "C" if target.dtype == torch.int64 else target.shape[-1]
+    for index, each in enumerate(exits):
+        if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
             raise ValueError(
-                f"`logits` of exit {index} must have the shape of the target with the classes "
-                f"last, {[*target.shape, 'C']}, got {list(exit_logits.shape)}."
+                f"`{name}` of exit {index} must have the samples of the target first and one more "
+                f"dimension, {[*samples, classes]}, got {list(each.shape)}."
             )
     return exits
 
 
-def _check_range(target: Tensor, valid: Tensor, num_classes: int, index: int) -> None:
-    if target.device.type != "cpu":  # looking would wait for the device
-        return
-    wrong = valid & ((target < 0) | (target >= num_classes))
+def _classes(
+    target: Tensor, ignore_index: int, nums_classes: list[int]
+) -> tuple[Tensor, Tensor, int | None]:
+    """The target, one row for each sample; which samples count; ignore_index, None if all do."""
+    if target.is_floating_point():
+        target = target.flatten(0, -2)
+        return target, torch.ones(len(target), dtype=torch.bool, device=target.device), None
+    target = target.flatten()
+    valid = target != ignore_index
+    # Looking would wait for another device; compilers and transforms cannot look.
+    if target.device.type != "cpu" or is_traced():
+        return target, valid, ignore_index
+    low, high = (int(bound) for bound in target.aminmax())
+    fewest = min(nums_classes)
+    if low >= 0 and high < fewest:
+        return target, valid, ignore_index if low <= ignore_index <= high else None
+    wrong = valid & ((target < 0) | (target >= fewest))
     if wrong.any():
         raise ValueError(
-            f"`target` must lie in 0..{num_classes - 1}, the classes of exit {index} "
-            f"(or equal `ignore_index`), got {target[wrong][0].item()}."
+            f"`target` must lie in 0..{fewest - 1}, the classes of exit "
+            f"{nums_classes.index(fewest)} (or equal `ignore_index`), got "
+            f"{target[wrong][0].item()}."
         )
+    return target, valid, ignore_index

@@ -1,1 +1,1 @@
-"""Fused kernels behind ``exit_cross_entropy``."""
+"""Implementations of per-exit cross-entropy; only ``losses.py`` imports them."""
