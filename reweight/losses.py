@@ -169,9 +169,9 @@ def linear_exit_cross_entropy(
         torch.Size([6, 2])
     """
     _check_label_smoothing(label_smoothing)
-    exits = _exits("hidden", hidden, target)
-    if target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
+    exits = _exits("hidden", hidden, target)
     for exit_hidden in exits:
         if weight.dim() != 2 or weight.shape[1] != exit_hidden.shape[-1]:
             raise ValueError(

@@ -11,6 +11,13 @@ import reweight
 
 PACKAGE = Path(reweight.__file__).parent
 ORDER = [
+    "kernels.__init__",
+    "kernels.composite",
+    "kernels.torch_kernels",
+    "kernels.triton_kernels",
+    "kernels.function",
+    "kernels.linear",
+    "kernels.dispatch",
     "losses",
     "budget",
     "batches",
@@ -29,18 +36,30 @@ ORDER = [
 
 
 def test_every_module_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    assert {".".join(path.parts) for path in paths} == set(ORDER)
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that one of them imports."""
+    tree = ast.parse(PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reweight"):
+            for each in node.names:
+                inner = f"{node.module}.{each.name}".removeprefix("reweight.")
+                found.add(inner if inner in ORDER else node.module.removeprefix("reweight."))
+    return found
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_point_upwards(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    imported = [
-        node.module.removeprefix("reweight.")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reweight")
-    ]
-    assert all(ORDER.index(module) < ORDER.index(name) for module in imported), imported
+    assert all(ORDER.index(module) < ORDER.index(name) for module in imports(name)), imports(name)
+
+
+def test_only_losses_knows_the_kernels() -> None:
+    knowing = {name for name in ORDER if any(m.startswith("kernels.") for m in imports(name))}
+    assert {name for name in knowing if not name.startswith("kernels.")} == {"losses"}
 
 
 def test_public_names_are_those_of_the_init() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
+from reweight import exit_cross_entropy, linear_exit_cross_entropy
 from reweight.kernels import triton_kernels
 
 # NumPy warns where a GPU does not: about log 0 and NaN.
@@ -165,3 +166,41 @@ def test_a_target_out_of_range_gives_nan() -> None:
     )
     assert losses.isnan().tolist() == [[True, True, False]]
     assert not correct.any()
+
+
+@pytest.mark.parametrize("form", ["list", "stacked", "classes differ"])
+def test_through_the_public_function(form) -> None:
+    """First derivatives by the kernels, all others by plain operations."""
+    exits = [torch.randn(7, c) for c in (5, 9 if form == "classes differ" else 5)]
+    leaves = [z.requires_grad_() for z in exits]
+    target = torch.tensor([0, 4, -100, 2, 1, 3, 0])
+    logits = torch.stack(leaves) if form == "stacked" else leaves
+    upstream = torch.rand(7, 2)
+    ours = exit_cross_entropy(logits, target, impl="triton")
+    theirs = exit_cross_entropy(logits, target, impl="reference")
+    torch.testing.assert_close(ours.losses, theirs.losses)
+    torch.testing.assert_close(ours.confidence, theirs.confidence)
+    assert torch.equal(ours.correct, theirs.correct)
+    for options in ({}, {"create_graph": True}):
+        first, other = (
+            torch.autograd.grad(each.losses, leaves, upstream, retain_graph=True, **options)
+            for each in (ours, theirs)
+        )
+        torch.testing.assert_close(first, other)
+    second, other = (
+        torch.autograd.grad(sum(g.square().sum() for g in each), leaves) for each in (first, other)
+    )
+    torch.testing.assert_close(second, other)
+
+
+def test_exits_of_one_head(monkeypatch) -> None:
+    monkeypatch.setattr("reweight.losses.choose_linear", lambda hidden: "triton")
+    hidden = [torch.randn(7, 4, requires_grad=True) for _ in range(2)]
+    weight = torch.randn(9, 4, requires_grad=True)
+    target = torch.tensor([0, 4, -100, 2, 1, 8, 0])
+    ours = linear_exit_cross_entropy(hidden, weight, target).losses
+    theirs = exit_cross_entropy([h @ weight.t() for h in hidden], target, impl="reference").losses
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.rand(7, 2)
+    mine, other = (torch.autograd.grad(y, [*hidden, weight], upstream) for y in (ours, theirs))
+    torch.testing.assert_close(mine, other)

@@ -97,7 +97,8 @@ class ExitCrossEntropy(torch.autograd.Function):
         """Upstream [N, K] → upstream·(p − q) of each exit; dE/dz = E."""
         target, confidence, *kept = ctx.saved_tensors
         rest: tuple[int | None, float] = ctx.rest
-        peak, sources = (None, kept) if ctx.keep else (kept[0], kept[1:])
+        peak, sources = (None, kept) if ctx.keep else (kept[0].view(len(kept) - 1, -1), kept[1:])
+        confidence = confidence.view(len(sources), -1)
         classes = _for_rows(target, sources)
         if upstream is None:
             upstream = torch.zeros_like(confidence).view(-1, len(target)).t()
