@@ -4,7 +4,8 @@ A plain step is zero_grad, forward, backward and optimizer.step on the train bat
 and optimizer, with the cross-entropy of PyTorch. Time: all contestants take turns in one process,
 and the median over the rounds of each one's ratio to the plain step of the same round is printed.
 Memory: each contestant in a process of its own, peak resident set above what it was before the
-first step.
+first step; glibc is told to give freed tensors back, for what its heap keeps at other times differs
+by a tenth from run to run, and from contestant to contestant by more.
 
     python benchmarks/step_cost.py            # the table; about 40 minutes on two cores
     python benchmarks/step_cost.py --nets conv --optimizers sgd --rounds 3      # 2 minutes
@@ -15,6 +16,7 @@ first step.
 
 import argparse
 import multiprocessing
+import os
 import re
 import statistics
 from pathlib import Path
@@ -76,6 +78,7 @@ def print_table(net: str, optimizer_name: str, names: list[str], num_rounds: int
     """The rows of one net and optimizer."""
     names = [name for name in names if (name, optimizer_name) not in UNSUPPORTED]
     memory = {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read when a process starts
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory[name] = pool.apply(peak_memory, (net, optimizer_name, name))
