@@ -1,7 +1,8 @@
 """How the cost of a step in exact mode grows: with B, depth, K, the reweighter and the parameters.
 
 The net is a row of 3×3 convolutions with BatchNorm on 16×16 pixels, all of one width, with exits of
-a pooled linear layer spread evenly over it. One thing is varied at a time. Time is that of
+a pooled linear layer spread evenly over it; for the parameters also a perceptron with four hidden
+layers, which computes least with each parameter. One thing is varied at a time. Time is that of
 ``step_cost.py``: plain steps and ours of all settings of a row take turns, SGD with momentum.
 
     python benchmarks/growth.py               # about 10 minutes on two cores
@@ -13,7 +14,7 @@ Prints a table; writes ``results/growth.csv`` and ``results/growth.png``.
 import argparse
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from contestants import CONTESTANTS, seconds_by_turns
 from nets import Net, images
 from phases import UPDATE, phase_seconds
 from reweight import SampleReweighter
+from small import MultiExitMLP
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,10 +70,13 @@ class Setting:
     exits: int = 4
     hidden: int = 500
     width: int = 32
+    perceptron: int = 0
 
     def net(self) -> Net:
         """What the step is of."""
-        build = partial(Row, self.depth, self.width, self.exits)
+        build: Callable[[], nn.Module] = partial(Row, self.depth, self.width, self.exits)
+        if self.perceptron:
+            build = partial(MultiExitMLP, (3, 16, 16), 10, self.exits, self.perceptron)
         return Net(build, self.exits, partial(images, self.batch, side=16))
 
     def num_parameters(self) -> int:
@@ -85,6 +90,7 @@ ROWS: dict[str, tuple[str, Sequence[int]]] = {
     "exits": ("exits K", (2, 4, 8, 16)),
     "hidden": ("hidden units of the reweighter", (100, 500, 2500)),
     "width": ("parameters", (16, 32, 64, 128)),
+    "perceptron": ("parameters", (64, 256, 1024, 2048)),
 }
 
 
@@ -101,7 +107,7 @@ def measure(row: str, num_rounds: int) -> list[dict[str, Any]]:
             g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4)
             step = CONTESTANTS[name](model, optimizer, g, g_optimizer)
             # A round of at least some ten milliseconds, or the clock of the machine is what shows.
-            num_steps = max(1, 64 * 16 // (setting.batch * setting.depth))
+            num_steps = 10 if setting.perceptron else max(1, 1024 // setting.batch // setting.depth)
             steps[setting, name] = partial(step, net.batch(), net.batch()), num_steps
     seconds = seconds_by_turns(steps, num_rounds)
     records = []
@@ -133,50 +139,50 @@ def ours_total(phases: dict[str, float]) -> float:
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """The ratio against each thing varied, and the pseudo update's share against parameters."""
     figure = Figure(figsize=(9.6, 5.6), layout="constrained")
-    panels = figure.subplots(2, 3).flat
-    top = max(float(record["ratio_high"]) for record in records)
-    for panel, (row, (label, _)) in zip(panels, ROWS.items(), strict=False):
+    *ratios, share = figure.subplots(2, 3).flat
+    panels = dict(zip(ROWS, [*ratios, ratios[-1]], strict=True))
+    for row, panel in panels.items():
         own = [record for record in records if record["row"] == row]
-        x = [record["parameters" if row == "width" else "value"] for record in own]
+        counted = panel is ratios[-1]
+        x = [record["parameters" if counted else "value"] for record in own]
         low, middle, high = (
             [float(record[name]) for record in own] for name in ("ratio_low", "ratio", "ratio_high")
         )
-        panel.fill_between(x, low, high, color="#c2410c", alpha=0.15, linewidth=0)
-        panel.plot(x, middle, "o-", color="#c2410c")
+        color = "#1d4ed8" if row == "perceptron" else "#c2410c"
+        panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        panel.plot(
+            x,
+            middle,
+            "o-",
+            color=color,
+            label="perceptron" if row == "perceptron" else "convolutions",
+        )
+        panel.set_xlabel(ROWS[row][0])
+        panel.set_xscale("log", base=2)
+        if counted:
+            percent = [100 * float(record["update_share"]) for record in own]
+            share.plot(x, percent, "o-", color=color)
+        else:
+            panel.set_xticks(x, map(str, x))
+    top = 1.08 * max(float(record["ratio_high"]) for record in records)
+    for panel in ratios:
         panel.axhline(11 / 3, color="#777777", linewidth=1, linestyle="--")
-        panel.set_ylim(0, 1.08 * top)
-        finish(panel, x, label)
-    figure.axes[0].annotate(
-        "the count, 3.67",
-        (1, 11 / 3),
-        (0, -4),
-        textcoords="offset points",
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="top",
-        fontsize=9,
-        color="#555555",
-    )
-    share = figure.axes[5]
-    own = [record for record in records if record["row"] == "width"]
-    x = [record["parameters"] for record in own]
-    share.plot(x, [100 * float(record["update_share"]) for record in own], "o-", color="#1d4ed8")
+        panel.set_ylim(0, top)
+    ratios[0].text(8, 3.5, "the count, 3.67", fontsize=9, color="#555555", va="top")
+    ratios[-1].legend(frameon=False, loc="lower left")
     share.set_ylim(bottom=0)
-    share.set_title("pseudo update, % of the step", fontsize=10, loc="left")
-    finish(share, x, "parameters")
-    for panel in (figure.axes[0], figure.axes[3]):
+    share.set_xlabel("parameters")
+    share.set_ylabel("pseudo update, % of the step")
+    for panel in (ratios[-1], share):
+        panel.set_xscale("log")
+    for panel in (*ratios, share):
+        panel.minorticks_off()
+        panel.grid(axis="y", color="#e5e5e5")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in (ratios[0], ratios[3]):
         panel.set_ylabel("reweighted step / plain step")
     figure.savefig(path, dpi=150, facecolor="white")
-
-
-def finish(panel: Any, x: list[int], label: str) -> None:
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(x, [f"{v / 1e3:.0f} k" if v >= 10_000 else str(v) for v in x])
-    panel.minorticks_off()
-    panel.set_xlabel(label)
-    panel.grid(axis="y", color="#e5e5e5")
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
