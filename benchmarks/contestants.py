@@ -1,11 +1,7 @@
-"""The steps that the benchmarks compare, and how to time them against each other."""
+"""The steps that the benchmarks compare."""
 
-import gc
-import random
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +19,6 @@ MODES: dict[str, dict[str, object]] = {
     "unrolled": {"estimator": "unrolled"},
 }
 UNSUPPORTED = {("higher", "adamw")}
-T = TypeVar("T", bound=Hashable)
 
 
 def plain(
@@ -73,30 +68,3 @@ def contestant(net: str | Net, optimizer_name: str, name: str) -> tuple[Callable
     g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4)
     step = CONTESTANTS[name](model, OPTIMIZERS[optimizer_name](model), g, g_optimizer)
     return partial(step, net.batch(), net.batch()), getattr(step, "interval", 1)
-
-
-def seconds_by_turns(
-    contestants: Mapping[T, tuple[Callable[[], object], int]], num_rounds: int
-) -> dict[T, list[float]]:
-    """Seconds per step of each contestant in each round.
-
-    All take their turn in every round, so that drift of the machine hits them alike, in an order
-    drawn anew, so that none always follows the same other, and none pays for another's garbage.
-
-    Args:
-        contestants: step and steps per round, by name.
-        num_rounds: how many to time; one more goes first and warms up.
-    """
-    order = list(contestants)
-    seconds: dict[T, list[float]] = {name: [] for name in order}
-    generator = random.Random(0)
-    for _ in range(num_rounds + 1):
-        generator.shuffle(order)
-        for name in order:
-            step, num_steps = contestants[name]
-            gc.collect()
-            start = time.perf_counter()
-            for _ in range(num_steps):
-                step()
-            seconds[name].append((time.perf_counter() - start) / num_steps)
-    return {name: values[1:] for name, values in seconds.items()}

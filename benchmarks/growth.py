@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from contestants import CONTESTANTS, seconds_by_turns
+from contestants import CONTESTANTS
+from measure import seconds_by_turns
 from nets import Net, images
 from phases import UPDATE, phase_seconds
 from reweight import SampleReweighter

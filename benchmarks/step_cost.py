@@ -4,8 +4,7 @@ A plain step is zero_grad, forward, backward and optimizer.step on the train bat
 and optimizer, with the cross-entropy of PyTorch. Time: all contestants take turns in one process,
 and the median over the rounds of each one's ratio to the plain step of the same round is printed.
 Memory: each contestant in a process of its own, peak resident set above what it was before the
-first step; glibc is told to give freed tensors back, for what its heap keeps at other times differs
-by a tenth from run to run, and from contestant to contestant by more.
+first step.
 
     python benchmarks/step_cost.py            # the table; about 40 minutes on two cores
     python benchmarks/step_cost.py --nets conv --optimizers sgd --rounds 3      # 2 minutes
@@ -15,15 +14,11 @@ by a tenth from run to run, and from contestant to contestant by more.
 """
 
 import argparse
-import multiprocessing
-import os
-import re
-import statistics
-from pathlib import Path
 
 import torch
 
-from contestants import CONTESTANTS, UNSUPPORTED, contestant, seconds_by_turns
+from contestants import CONTESTANTS, UNSUPPORTED, contestant
+from measure import median_ratios, peak_memory, peak_of, seconds_by_turns
 from nets import NETS, OPTIMIZERS, TINY_NETS
 from peers import PEERS
 from phases import print_profile
@@ -43,46 +38,20 @@ d: higher 0.2.1 has no AdamW.
 e: attention by plain operations throughout."""
 
 
-def times(net: str, optimizer_name: str, names: list[str], num_rounds: int) -> dict[str, float]:
-    """Median ratio of each contestant's time to that of the plain step in the same round."""
-    seconds = seconds_by_turns(
-        {name: contestant(net, optimizer_name, name) for name in names}, num_rounds
-    )
-    return {
-        name: statistics.median(
-            mine / plain for mine, plain in zip(values, seconds["plain"], strict=True)
-        )
-        for name, values in seconds.items()
-    }
-
-
-def peak_memory(net: str, optimizer_name: str, name: str) -> int:
+def peak_of_steps(net: str, optimizer_name: str, name: str) -> int:
     """Peak resident set above the start of two steps, in kB; to be run in a process of its own."""
     tiny, _ = contestant(TINY_NETS[net], optimizer_name, name)
     tiny()  # loads the code that a step needs, which is not what is asked for
     step, _ = contestant(net, optimizer_name, name)
-
-    def high_water() -> int:
-        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        assert found
-        return int(found.group(1))
-
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = high_water()
-    step()
-    step()
-    return high_water() - before
+    return peak_of(step)
 
 
 def print_table(net: str, optimizer_name: str, names: list[str], num_rounds: int) -> None:
     """The rows of one net and optimizer."""
     names = [name for name in names if (name, optimizer_name) not in UNSUPPORTED]
-    memory = {}
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read when a process starts
-    for name in names:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (net, optimizer_name, name))
-    ratios = times(net, optimizer_name, names, num_rounds)
+    memory = {name: peak_memory(peak_of_steps, net, optimizer_name, name) for name in names}
+    contestants = {name: contestant(net, optimizer_name, name) for name in names}
+    ratios = median_ratios(seconds_by_turns(contestants, num_rounds), "plain")
     fastest = min((ratios[name] for name in PEERS if name in ratios), default=float("nan"))
     for name in names[1:]:
         print(
