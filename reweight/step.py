@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
+from reweight.duals import Values
 from reweight.forwards import (
     Beginning,
     ExitForward,
@@ -17,10 +18,11 @@ from reweight.forwards import (
     plain_attention,
     require_graph,
 )
-from reweight.hypergradient import ESTIMATORS, estimate, meta_problem
+from reweight.hypergradient import ESTIMATORS, estimate
 from reweight.learner import ReweighterLearner
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
+from reweight.problem import FirstForward, meta_problem
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter, check_choice
 from reweight.updates import (
@@ -73,6 +75,9 @@ class MetaReweightStep:
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
+        lean: about the memory of a plain step for one more forward: the graph of the train batch is
+            given up before the meta pass and made again after it. Same results, bitwise, as far as
+            the model's operations repeat themselves. Default: the graph is kept.
 
     Raises:
         TypeError: the optimizer's step cannot be differentiated.
@@ -104,6 +109,7 @@ class MetaReweightStep:
         clip_grad_norm: float | None = None,
         clip_hypergradient: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        lean: bool = False,
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
@@ -118,7 +124,7 @@ class MetaReweightStep:
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.objective = BudgetedObjective() if objective is None else objective
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
-        self.clip_grad_norm, self.scaler = clip_grad_norm, scaler
+        self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
         self.num_calls = 0
         self._forward = ExitForward(model, exits, loss)
         if not self._held_parameters():
@@ -176,11 +182,18 @@ class MetaReweightStep:
         update = None
         try:
             with self._attention():
-                losses = require_graph(self._forward(*train))
-                if self.num_calls % self.interval == 0 and self._learner.is_trainable:
+                due = self.num_calls % self.interval == 0 and self._learner.is_trainable
+                values = Values()
+                within = values if due and not self.lean else None
+                losses = require_graph(self._forward(*train, within=within))
+                if due:
                     grads = {n: p.grad for n, p in self._held_parameters().items()}
                     accumulated = {n: g.detach() for n, g in grads.items() if g is not None}
-                    update = self._update(losses, train, meta, beginning, accumulated, scale)
+                    first = FirstForward(train, beginning, losses, values)
+                    update = self._update(first, meta, accumulated, scale)
+                    if self.lean:  # once more from the beginning: the same losses, a new graph
+                        beginning.restore()
+                        losses = self._forward(*train)
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
                 # A second backward of the same graph: the weighted gradient needs no forward.
@@ -208,16 +221,17 @@ class MetaReweightStep:
             raise ValueError(
                 "`reweighter` must have a trainable parameter to be updated, got none."
             )
-        beginning = Beginning(self.model)
+        beginning, values = Beginning(self.model), Values()
 
         def learn(losses: ExitLosses) -> StepResult:
-            update = self._update(require_graph(losses), train, meta, beginning, {}, 1.0)
+            first = FirstForward(train, beginning, require_graph(losses), values)
+            update = self._update(first, meta, {}, 1.0)
             with torch.no_grad():
                 return StepResult.of(losses, self._learner.weights(losses), update)
 
         try:
             with self._attention():
-                return self._forward.at({}, beginning.buffers, *train, learn)
+                return self._forward.at({}, beginning.buffers, *train, learn, within=values)
         finally:
             beginning.random_state.restore()
 
@@ -242,14 +256,12 @@ class MetaReweightStep:
 
     def _update(
         self,
-        losses: ExitLosses,
-        train: Batch,
+        first: FirstForward,
         meta: Batch,
-        beginning: Beginning,
         accumulated: Parameters,
         scale: float,
     ) -> Update:
-        """Learn from one meta step; ``losses`` are of ``train``, from that beginning on."""
+        """Learn from one meta step after the forward of the train batch."""
         if not accumulated:
             self._learner.warn_if_cold(self.optimizers)
         parameters, after = self._held_parameters(), Beginning(self.model)
@@ -259,15 +271,15 @@ class MetaReweightStep:
                 gradients = clip_gradients(gradients, self.clip_grad_norm)
             return pseudo_update(self.optimizers, parameters, gradients, self.pseudo_update)
 
+        losses = first.losses
         weights = self._learner.weights(losses)
         problem = meta_problem(
             forward=self._forward,
             model=self.model,
             objective=self.objective,
-            train=train,
+            first=first,
+            keep_graph=not self.lean,
             meta=meta,
-            beginning=beginning,
-            losses=losses,
             weights=weights,
             parameters=parameters,
             accumulated=accumulated,
