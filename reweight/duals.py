@@ -12,6 +12,7 @@ All of this on the CPU; elsewhere, and in every other case, PyTorch's own forwar
 """
 
 import functools
+import types
 import warnings
 import weakref
 from collections import defaultdict, deque
@@ -55,13 +56,15 @@ class Values(TorchFunctionMode):
         self._calls: dict[Any, deque[_Call]] = defaultdict(deque)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the function; takes note of it if it is a product."""
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and result.requires_grad and result.numel() >= _WORTH_RECALLING:
             product = _Product.of(func, *args, **(kwargs or {}))
-            if product.is_plain():
+            # Linear layers take strided input one way with a graph, and another way without.
+            strided = func is F.linear and not product.tensors[0].is_contiguous()
+            if all(map(_is_plain, product.tensors)) and not strided:
                 tensors = [None if t is None else _Trace(t) for t in product.tensors]
                 call = _Call(tensors, product.settings, _Trace(result))
                 self._calls[func, product.tensors[1].data_ptr()].append(call)
@@ -102,14 +105,6 @@ class _Product(NamedTuple):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rest, named, _ = self.settings
         return self.func(input, weight, bias, *rest, **named)
-
-    def is_plain(self) -> bool:
-        """Whether the value does not depend on what the input looks like in memory, or is."""
-        input = self.tensors[0]
-        # Linear layers treat strided input in one way with a graph, and in another without.
-        return all(map(_is_plain, self.tensors)) and (
-            self.func is not F.linear or input.is_contiguous()
-        )
 
 
 class _Call(NamedTuple):
@@ -173,7 +168,7 @@ class _ForwardMode(TorchFunctionMode):
         self._values = values
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the function; without tangents under ``torch.no_grad``, as in backward."""
         kwargs = kwargs or {}
@@ -183,13 +178,20 @@ class _ForwardMode(TorchFunctionMode):
         result = None
         if func in _PRODUCTS:
             result = self._product(_Product.of(func, *args, **kwargs))
-        elif func is F.batch_norm:
-            result = _batch_norm(*args, **kwargs)
+        elif func in _RULES:
+            result = _RULES[func](*args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            with self:
+                return _attention_layer(*args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
     def _product(self, product: _Product) -> Tensor | None:
-        if not product.is_plain():
+        if not all(map(_is_plain, product.tensors)):
             return None
+        if product.func is F.linear:  # strided input would take a copy of the weight per sample
+            product = product._replace(
+                tensors=(product.tensors[0].contiguous(), *product.tensors[1:])
+            )
         (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, product.tensors)
         if dweight is None and (dx is None or dbias is not None):
             return None
@@ -230,6 +232,50 @@ def _batch_norm(
             x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
         )[0]
     return forward_ad.make_dual(value, tangent)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """P·v with P = softmax(s·q·kᵀ), whose Jacobian is symmetric too: its tangent is its backward."""
+    tensors = (query, key, value)
+    special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled("cpu")
+    if special or not all(map(_is_plain, tensors)):
+        return None
+    (q, dq), (k, dk), (v, dv) = map(_unpack, tensors)
+    if dq is None or dk is None or dv is None:
+        return None
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q, dq = q * factor, dq * factor
+    scores = q @ k.mT
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores.masked_fill_(later, -torch.inf)
+    shares = scores.softmax(-1)
+    change = torch.ops.aten._softmax_backward_data(
+        (dq @ k.mT).add_(q @ dk.mT), shares, -1, shares.dtype
+    )
+    return forward_ad.make_dual(shares @ v, (change @ v).add_(shares @ dv))
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.batch_norm: _batch_norm,
+    F.scaled_dot_product_attention: _attention,
+}
+
+_attention_layer = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""PyTorch's own, but as a mode sees it: the functions that it calls, instead of the whole."""
 
 
 def _unpack(tensor: Tensor | None) -> tuple[Any, Tensor | None]:

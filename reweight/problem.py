@@ -133,7 +133,11 @@ def meta_problem(
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
         swapped = {**detached, **at}
         return forward.at(
-            swapped, first.beginning.buffers, *first.batch, lambda exits: exits.losses, within=within
+            swapped,
+            first.beginning.buffers,
+            *first.batch,
+            lambda exits: exits.losses,
+            within=within,
         )
 
     return MetaProblem(
