@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from reweight.batches import Batch
-from reweight.duals import Values
 from reweight.forwards import Beginning, ExitForward, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
 from reweight.updates import Parameters, PseudoUpdate
+from reweight.values import Values
 
 Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
 

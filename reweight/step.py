@@ -10,14 +10,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
-from reweight.duals import Values
-from reweight.forwards import (
-    Beginning,
-    ExitForward,
-    LossFunction,
-    plain_attention,
-    require_graph,
-)
+from reweight.forwards import Beginning, ExitForward, LossFunction, plain_attention, require_graph
 from reweight.hypergradient import ESTIMATORS, estimate
 from reweight.learner import ReweighterLearner
 from reweight.losses import ExitLosses, exit_cross_entropy
@@ -37,6 +30,7 @@ from reweight.updates import (
     held_parameters,
     pseudo_update,
 )
+from reweight.values import Values
 
 
 class MetaReweightStep:
@@ -75,9 +69,8 @@ class MetaReweightStep:
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
-        lean: about the memory of a plain step for one more forward: the graph of the train batch is
-            given up before the meta pass and made again after it. Same results, bitwise, as far as
-            the model's operations repeat themselves. Default: the graph is kept.
+        lean: give up the graph of the train batch before the meta pass and make it again after it:
+            about the memory of a plain step, for one more forward; the same results. Default: keep.
 
     Raises:
         TypeError: the optimizer's step cannot be differentiated.
@@ -178,17 +171,15 @@ class MetaReweightStep:
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         beginning = Beginning(self.model)
-        gradients = {p: p.grad for p in self.model.parameters()}
-        update = None
+        gradients, update = {p: p.grad for p in self.model.parameters()}, None
         try:
             with self._attention():
                 due = self.num_calls % self.interval == 0 and self._learner.is_trainable
                 values = Values()
-                within = values if due and not self.lean else None
-                losses = require_graph(self._forward(*train, within=within))
+                losses = require_graph(self._forward(*train, within=values if due else None))
                 if due:
-                    grads = {n: p.grad for n, p in self._held_parameters().items()}
-                    accumulated = {n: g.detach() for n, g in grads.items() if g is not None}
+                    held = self._held_parameters().items()
+                    accumulated = {n: p.grad.detach() for n, p in held if p.grad is not None}
                     first = FirstForward(train, beginning, losses, values)
                     update = self._update(first, meta, accumulated, scale)
                     if self.lean:  # once more from the beginning: the same losses, a new graph
@@ -196,7 +187,6 @@ class MetaReweightStep:
                         losses = self._forward(*train)
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
-                # A second backward of the same graph: the weighted gradient needs no forward.
                 coefficients = scale * losses.sample_shares() * weights
                 losses.losses.backward(self._scaled(coefficients))
         except BaseException:
@@ -264,14 +254,13 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        parameters, after = self._held_parameters(), Beginning(self.model)
+        losses, parameters, after = first.losses, self._held_parameters(), Beginning(self.model)
 
         def update(gradients: Parameters) -> PseudoUpdate:
             if self.clip_grad_norm is not None:
                 gradients = clip_gradients(gradients, self.clip_grad_norm)
             return pseudo_update(self.optimizers, parameters, gradients, self.pseudo_update)
 
-        losses = first.losses
         weights = self._learner.weights(losses)
         problem = meta_problem(
             forward=self._forward,

@@ -15,6 +15,7 @@ ORDER = [
     "budget",
     "batches",
     "forwards",
+    "values",
     "duals",
     "costs",
     "reweighter",
