@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from reweight.forwards import plain_attention
-from reweight.values import PRODUCTS, Product, Values, is_plain
+from reweight.values import Product, Values, is_large_product, is_plain
 
 
 class _ForwardMode(TorchFunctionMode):
@@ -44,7 +44,7 @@ class _ForwardMode(TorchFunctionMode):
             with forward_ad._set_fwd_grad_enabled(False):
                 return func(*args, **kwargs)
         result = None
-        if func in PRODUCTS:
+        if is_large_product(func, args):
             result = self._product(Product.of(func, *args, **kwargs))
         elif func in _RULES:
             result = _RULES[func](*args, **kwargs)

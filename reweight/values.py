@@ -21,7 +21,7 @@ PRODUCTS = {
 }
 """(input, weight, bias, ...) → input · weight + bias, linear in each."""
 
-_WORTH_RECALLING = 1 << 14  # elements; below, looking costs as much as computing
+_LARGE = 1 << 14  # elements; below, Python costs more than the arithmetic it saves
 
 
 class Values(TorchFunctionMode):
@@ -42,7 +42,7 @@ class Values(TorchFunctionMode):
     ) -> Any:
         """Runs the function; takes note of it if it is a product."""
         result = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and result.requires_grad and result.numel() >= _WORTH_RECALLING:
+        if is_large_product(func, args) and result.requires_grad:
             product = Product.of(func, *args, **(kwargs or {}))
             # Linear layers take strided input one way with a graph, and another way without.
             strided = func is F.linear and not product.tensors[0].is_contiguous()
@@ -90,6 +90,11 @@ class Product(NamedTuple):
         return self.func(input, weight, bias, *rest, **named)
 
 
+def is_large_product(func: Any, args: Any) -> bool:
+    """Whether it is a product that is worth a look, with the input as its first argument."""
+    return func in PRODUCTS and len(args) > 1 and args[0].numel() >= _LARGE
+
+
 class _Call(NamedTuple):
     tensors: "list[_Trace | None]"
     settings: tuple[Any, ...]
@@ -128,7 +133,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 def _same_bytes(trace: _Trace | None, other: Tensor | None) -> bool:
     if trace is None or other is None:
-        return trace is other
+        return trace is None and other is None
     one = trace()
     if one is None:
         return False

@@ -30,7 +30,7 @@ def recalled(monkeypatch) -> list[Tensor]:
             found.append(value)
         return value
 
-    monkeypatch.setattr(values, "_WORTH_RECALLING", 0)
+    monkeypatch.setattr(values, "_LARGE", 0)
     monkeypatch.setattr(Values, "recall", recall)
     return found
 
@@ -181,7 +181,8 @@ RULES = {
 
 @pytest.mark.parametrize("moving", list(product([True, False], repeat=3))[:-1])
 @pytest.mark.parametrize("name", RULES)
-def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...]) -> None:
+def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch) -> None:
+    monkeypatch.setattr(values, "_LARGE", 0)
     func, shapes = RULES[name]
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     tangents = [torch.randn_like(tensor) for tensor in tensors]
