@@ -1,15 +1,12 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
-import functools
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,12 +35,14 @@ class ExitForward:
         self._model, self._exits, self._loss = model, exits, loss
         self._holder = _Holder(model)
 
-    def __call__(self, inputs: Any, target: Any) -> ExitLosses:
+    def __call__(
+        self, inputs: Any, target: Any, *, within: AbstractContextManager[Any] | None = None
+    ) -> ExitLosses:
         """The user's own forward: buffers move as they do in any training step.
 
         Uncompiled, since compiled graphs can be run backward only once.
         """
-        with _uncompiled():
+        with within or nullcontext(), _uncompiled():
             outputs = call(self._model, inputs)
         return self._losses(outputs, target)
 
@@ -196,33 +195,6 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextmanager
-def tangents_follow_gradients() -> Iterator[None]:
-    """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
-    with plain_attention(), _NoTangentWithoutGradient():
-        yield
-
-
-@functools.cache
-def load_forward_mode() -> None:
-    """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-class _NoTangentWithoutGradient(TorchFunctionMode):
-    """Forward mode does not heed ``torch.no_grad`` by itself; backward has no choice."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        with forward_ad._set_fwd_grad_enabled(False):
-            return func(*args, **(kwargs or {}))
 
 
 class DifferenceWatch(TorchFunctionMode):

@@ -11,143 +11,19 @@ ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al.,
 
 import logging
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 
-from reweight.batches import Batch
-from reweight.forwards import (
-    Beginning,
-    DifferenceWatch,
-    ExitForward,
-    load_forward_mode,
-    tangents_follow_gradients,
-    working_precision,
-)
-from reweight.losses import ExitLosses
-from reweight.objectives import MetaLoss, Objective, require_meta_loss
-from reweight.updates import Parameters, PseudoUpdate
+from reweight.duals import load_forward_mode, tangents_follow_gradients
+from reweight.forwards import DifferenceWatch
+from reweight.objectives import MetaLoss
+from reweight.problem import MetaProblem
+from reweight.updates import Parameters
 
-Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
 _logger = logging.getLogger("reweight")
-
-
-@dataclass(frozen=True)
-class MetaProblem:
-    """One meta step, as functions of the parameters.
-
-    Attributes:
-        parameters: θ, the parameters that the optimizer moves, by name.
-        losses: l[i,k] at θ, shape [B, K], with its graph.
-        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
-            in mean_i, times the scale of the call.
-        weights: w[i,k], shape [B, K], without a graph.
-        accumulated: the gradients that those of L_tr are added to, by name.
-        update: U, gradients → θ̂.
-        meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
-        replay: (some of θ, context) → l, the same forward once more, random state included,
-            without a graph; the model is called within the context.
-        grad_scale: what gradients are multiplied by on their way through low precision, or None.
-        precision: spacing of the numbers that the forward computes with.
-    """
-
-    parameters: Parameters
-    losses: Tensor
-    sample_shares: Tensor
-    weights: Tensor
-    accumulated: Parameters
-    update: Callable[[Parameters], PseudoUpdate]
-    meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
-    replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
-    grad_scale: Tensor | None
-    precision: float
-
-    def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
-        """What ``.grad`` will hold with these weights; keeps the graph of the losses."""
-        gradients = torch.autograd.grad(
-            self.losses,
-            list(self.parameters.values()),
-            self.scaled(self.sample_shares * weights),
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        reached = {
-            name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
-            for name, gradient in zip(self.parameters, gradients, strict=True)
-            if gradient is not None
-        }
-        if not reached:
-            raise ValueError(
-                "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
-                "part of the model that it holds left out of the forward, or run without gradients?"
-            )
-        for name, gradient in self.accumulated.items():
-            gradient = self.unscaled(gradient)
-            reached[name] = reached[name] + gradient if name in reached else gradient
-        return reached
-
-    def scaled(self, cotangent: Tensor) -> Tensor:
-        """A cotangent, ready for its way through low precision."""
-        return cotangent if self.grad_scale is None else cotangent * self.grad_scale
-
-    def unscaled(self, gradient: Tensor) -> Tensor:
-        """What came of it, back in its own size."""
-        return gradient if self.grad_scale is None else gradient / self.grad_scale.to(gradient)
-
-
-def meta_problem(
-    *,
-    forward: ExitForward,
-    model: nn.Module,
-    objective: Objective,
-    train: Batch,
-    meta: Batch,
-    beginning: Beginning,
-    losses: ExitLosses,
-    weights: Tensor,
-    parameters: Parameters,
-    accumulated: Parameters,
-    update: Callable[[Parameters], PseudoUpdate],
-    scale: float,
-    grad_scale: Tensor | None,
-) -> MetaProblem:
-    """The meta step whose train batch has these losses and began there; the state is now's."""
-    after = Beginning(model)
-
-    def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
-        def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
-            value, shares = require_meta_loss(objective(losses))
-            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares))
-
-        after.random_state.restore()
-        return forward.at(at, after.buffers, *meta, then)
-
-    def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
-        beginning.random_state.restore()
-        detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        swapped = {**detached, **at}
-        return forward.at(
-            swapped, beginning.buffers, *train, lambda exits: exits.losses, within=within
-        )
-
-    return MetaProblem(
-        parameters=parameters,
-        losses=losses.losses,
-        sample_shares=scale * losses.sample_shares(),
-        weights=weights.detach(),
-        accumulated=accumulated,
-        update=update,
-        meta_loss=meta_loss,
-        replay=replay,
-        grad_scale=grad_scale,
-        precision=working_precision(parameters),
-    )
 
 
 class Hypergradient(NamedTuple):
@@ -172,7 +48,7 @@ def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
             name: forward_ad.make_dual(problem.parameters[name].detach(), tangent)  # θ + ε·v
             for name, tangent in tangents.items()
         }
-        losses = problem.replay(duals, tangents_follow_gradients())
+        losses = problem.replay(duals, tangents_follow_gradients(problem.values))
         product: Tensor | None = forward_ad.unpack_dual(losses).tangent
     # None where the losses move with nothing that the meta loss moves with.
     return torch.zeros_like(problem.losses) if product is None else product

@@ -10,17 +10,12 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
-from reweight.forwards import (
-    Beginning,
-    ExitForward,
-    LossFunction,
-    plain_attention,
-    require_graph,
-)
-from reweight.hypergradient import ESTIMATORS, estimate, meta_problem
+from reweight.forwards import Beginning, ExitForward, LossFunction, plain_attention, require_graph
+from reweight.hypergradient import ESTIMATORS, estimate
 from reweight.learner import ReweighterLearner
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
+from reweight.problem import FirstForward, meta_problem
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter, check_choice
 from reweight.updates import (
@@ -35,6 +30,7 @@ from reweight.updates import (
     held_parameters,
     pseudo_update,
 )
+from reweight.values import Values
 
 
 class MetaReweightStep:
@@ -73,6 +69,8 @@ class MetaReweightStep:
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
+        lean: give up the graph of the train batch before the meta pass and make it again after it:
+            about the memory of a plain step, for one more forward; the same results. Default: keep.
 
     Raises:
         TypeError: the optimizer's step cannot be differentiated.
@@ -104,6 +102,7 @@ class MetaReweightStep:
         clip_grad_norm: float | None = None,
         clip_hypergradient: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        lean: bool = False,
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
@@ -118,7 +117,7 @@ class MetaReweightStep:
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.objective = BudgetedObjective() if objective is None else objective
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
-        self.clip_grad_norm, self.scaler = clip_grad_norm, scaler
+        self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
         self.num_calls = 0
         self._forward = ExitForward(model, exits, loss)
         if not self._held_parameters():
@@ -172,18 +171,22 @@ class MetaReweightStep:
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         beginning = Beginning(self.model)
-        gradients = {p: p.grad for p in self.model.parameters()}
-        update = None
+        gradients, update = {p: p.grad for p in self.model.parameters()}, None
         try:
             with self._attention():
-                losses = require_graph(self._forward(*train))
-                if self.num_calls % self.interval == 0 and self._learner.is_trainable:
-                    grads = {n: p.grad for n, p in self._held_parameters().items()}
-                    accumulated = {n: g.detach() for n, g in grads.items() if g is not None}
-                    update = self._update(losses, train, meta, beginning, accumulated, scale)
+                due = self.num_calls % self.interval == 0 and self._learner.is_trainable
+                values = Values()
+                losses = require_graph(self._forward(*train, within=values if due else None))
+                if due:
+                    held = self._held_parameters().items()
+                    accumulated = {n: p.grad.detach() for n, p in held if p.grad is not None}
+                    first = FirstForward(train, beginning, losses, values)
+                    update = self._update(first, meta, accumulated, scale)
+                    if self.lean:  # once more from the beginning: the same losses, a new graph
+                        beginning.restore()
+                        losses = self._forward(*train)
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
-                # A second backward of the same graph: the weighted gradient needs no forward.
                 coefficients = scale * losses.sample_shares() * weights
                 losses.losses.backward(self._scaled(coefficients))
         except BaseException:
@@ -208,16 +211,17 @@ class MetaReweightStep:
             raise ValueError(
                 "`reweighter` must have a trainable parameter to be updated, got none."
             )
-        beginning = Beginning(self.model)
+        beginning, values = Beginning(self.model), Values()
 
         def learn(losses: ExitLosses) -> StepResult:
-            update = self._update(require_graph(losses), train, meta, beginning, {}, 1.0)
+            first = FirstForward(train, beginning, require_graph(losses), values)
+            update = self._update(first, meta, {}, 1.0)
             with torch.no_grad():
                 return StepResult.of(losses, self._learner.weights(losses), update)
 
         try:
             with self._attention():
-                return self._forward.at({}, beginning.buffers, *train, learn)
+                return self._forward.at({}, beginning.buffers, *train, learn, within=values)
         finally:
             beginning.random_state.restore()
 
@@ -242,17 +246,15 @@ class MetaReweightStep:
 
     def _update(
         self,
-        losses: ExitLosses,
-        train: Batch,
+        first: FirstForward,
         meta: Batch,
-        beginning: Beginning,
         accumulated: Parameters,
         scale: float,
     ) -> Update:
-        """Learn from one meta step; ``losses`` are of ``train``, from that beginning on."""
+        """Learn from one meta step after the forward of the train batch."""
         if not accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        parameters, after = self._held_parameters(), Beginning(self.model)
+        losses, parameters, after = first.losses, self._held_parameters(), Beginning(self.model)
 
         def update(gradients: Parameters) -> PseudoUpdate:
             if self.clip_grad_norm is not None:
@@ -264,10 +266,9 @@ class MetaReweightStep:
             forward=self._forward,
             model=self.model,
             objective=self.objective,
-            train=train,
+            first=first,
+            keep_graph=not self.lean,
             meta=meta,
-            beginning=beginning,
-            losses=losses,
             weights=weights,
             parameters=parameters,
             accumulated=accumulated,

@@ -1,0 +1,170 @@
+"""The forward-mode pass with less arithmetic than PyTorch's own, and the same result.
+
+Its values are those of the first forward: a convolution or linear layer that meets the same bytes
+again is not computed again. What is left of it are the products of the tangents.
+The tangent of BatchNorm is its backward: with y = γ·x̂ + β, x̂ = (x − mean) / std per channel,
+
+    ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
+
+is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass.
+
+All of this on the CPU; elsewhere, and in every other case, PyTorch's own forward mode runs.
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from reweight.forwards import plain_attention
+from reweight.values import Product, Values, is_large_product, is_plain
+
+
+class _ForwardMode(TorchFunctionMode):
+    """Forward mode by the rules of this module, where they apply."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function; without tangents under ``torch.no_grad``, as in backward."""
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            with forward_ad._set_fwd_grad_enabled(False):
+                return func(*args, **kwargs)
+        result = None
+        if is_large_product(func, args):
+            result = self._product(Product.of(func, *args, **kwargs))
+        elif func in _RULES:
+            result = _RULES[func](*args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            with self:
+                return _attention_layer(*args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+    def _product(self, product: Product) -> Tensor | None:
+        if not all(map(is_plain, product.tensors)):
+            return None
+        if product.func is F.linear:  # strided input would take a copy of the weight per sample
+            product = product._replace(
+                tensors=(product.tensors[0].contiguous(), *product.tensors[1:])
+            )
+        (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, product.tensors)
+        if dweight is None and (dx is None or dbias is not None):
+            return None
+        value = self._values.recall(product._replace(tensors=(x, weight, bias)))
+        if value is None:
+            value = product(x, weight, bias)
+        terms = [] if dweight is None else [product(x, dweight, dbias)]
+        if dx is not None:
+            terms.append(product(dx, weight, None))
+        return _dual(value, functools.reduce(Tensor.add_, terms))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    tensors = (input, weight, bias)
+    if not training or not all(map(is_plain, tensors)):
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    value, mean, inverse = torch.native_batch_norm(
+        x, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    tangent = torch.ops.aten.native_batch_norm_backward(
+        dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
+    )[0]
+    if dweight is not None:
+        # γ̇·x̂ + β̇, by the kernel of the evaluation mode with the statistics of this batch.
+        tangent += torch.native_batch_norm(
+            x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
+        )[0]
+    return _dual(value, tangent)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
+    tensors = (query, key, value)
+    special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled("cpu")
+    if special or not all(map(is_plain, tensors)):
+        return None
+    (q, dq), (k, dk), (v, dv) = map(_unpack, tensors)
+    if dq is None or dk is None or dv is None:
+        return None
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q, dq = q * factor, dq * factor
+    scores = q @ k.mT
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores.masked_fill_(later, -torch.inf)
+    shares = scores.softmax(-1)
+    change = torch.ops.aten._softmax_backward_data(
+        (dq @ k.mT).add_(q @ dk.mT), shares, -1, shares.dtype
+    )
+    return _dual(shares @ v, (change @ v).add_(shares @ dv))
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.batch_norm: _batch_norm,
+    F.scaled_dot_product_attention: _attention,
+}
+
+_attention_layer = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""PyTorch's own, but as a mode sees it: the functions that it calls, instead of the whole."""
+
+
+def _unpack(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
+    return (None, None) if tensor is None else forward_ad.unpack_dual(tensor)
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(value, tangent)
+    return dual
+
+
+@contextmanager
+def tangents_follow_gradients(values: Values) -> Iterator[None]:
+    """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
+    with plain_attention(), _ForwardMode(values):
+        yield
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """What PyTorch loads at the first use of forward mode warns of a deprecation of its own."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))

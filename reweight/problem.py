@@ -1,0 +1,156 @@
+"""One meta step, as functions of the parameters: what the estimators work on."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from reweight.batches import Batch
+from reweight.forwards import Beginning, ExitForward, working_precision
+from reweight.losses import ExitLosses
+from reweight.objectives import MetaLoss, Objective, require_meta_loss
+from reweight.updates import Parameters, PseudoUpdate
+from reweight.values import Values
+
+Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
+
+
+class FirstForward(NamedTuple):
+    """The forward of the train batch.
+
+    Attributes:
+        batch: inputs and target.
+        beginning: what it began with.
+        losses: what it came to, with its graph.
+        values: what its products came to.
+    """
+
+    batch: Batch
+    beginning: Beginning
+    losses: ExitLosses
+    values: Values
+
+
+@dataclass(frozen=True)
+class MetaProblem:
+    """One meta step, as functions of the parameters.
+
+    Attributes:
+        parameters: θ, the parameters that the optimizer moves, by name.
+        losses: l[i,k] at θ, shape [B, K], with its graph.
+        values: what the products of that forward came to.
+        keep_graph: whether the graph of the losses is wanted once more.
+        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
+            in mean_i, times the scale of the call.
+        weights: w[i,k], shape [B, K], without a graph.
+        accumulated: the gradients that those of L_tr are added to, by name.
+        update: U, gradients → θ̂.
+        meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
+        replay: (some of θ, context) → l, the same forward once more, random state included,
+            without a graph; the model is called within the context.
+        grad_scale: what gradients are multiplied by on their way through low precision, or None.
+        precision: spacing of the numbers that the forward computes with.
+    """
+
+    parameters: Parameters
+    losses: Tensor
+    values: Values
+    keep_graph: bool
+    sample_shares: Tensor
+    weights: Tensor
+    accumulated: Parameters
+    update: Callable[[Parameters], PseudoUpdate]
+    meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
+    replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
+    grad_scale: Tensor | None
+    precision: float
+
+    def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
+        """What ``.grad`` will hold with these weights."""
+        gradients = torch.autograd.grad(
+            self.losses,
+            list(self.parameters.values()),
+            self.scaled(self.sample_shares * weights),
+            retain_graph=self.keep_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        reached = {
+            name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
+            for name, gradient in zip(self.parameters, gradients, strict=True)
+            if gradient is not None
+        }
+        if not reached:
+            raise ValueError(
+                "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
+                "part of the model that it holds left out of the forward, or run without gradients?"
+            )
+        for name, gradient in self.accumulated.items():
+            gradient = self.unscaled(gradient)
+            reached[name] = reached[name] + gradient if name in reached else gradient
+        return reached
+
+    def scaled(self, cotangent: Tensor) -> Tensor:
+        """A cotangent, ready for its way through low precision."""
+        return cotangent if self.grad_scale is None else cotangent * self.grad_scale
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """What came of it, back in its own size."""
+        return gradient if self.grad_scale is None else gradient / self.grad_scale.to(gradient)
+
+
+def meta_problem(
+    *,
+    forward: ExitForward,
+    model: nn.Module,
+    objective: Objective,
+    first: FirstForward,
+    keep_graph: bool,
+    meta: Batch,
+    weights: Tensor,
+    parameters: Parameters,
+    accumulated: Parameters,
+    update: Callable[[Parameters], PseudoUpdate],
+    scale: float,
+    grad_scale: Tensor | None,
+) -> MetaProblem:
+    """The meta step after that first forward; the state is now's."""
+    after = Beginning(model)
+
+    def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+        def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+            value, shares = require_meta_loss(objective(losses))
+            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares))
+
+        after.random_state.restore()
+        return forward.at(at, after.buffers, *meta, then)
+
+    def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
+        first.beginning.random_state.restore()
+        detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        swapped = {**detached, **at}
+        return forward.at(
+            swapped,
+            first.beginning.buffers,
+            *first.batch,
+            lambda exits: exits.losses,
+            within=within,
+        )
+
+    return MetaProblem(
+        parameters=parameters,
+        losses=first.losses.losses,
+        values=first.values,
+        keep_graph=keep_graph,
+        sample_shares=scale * first.losses.sample_shares(),
+        weights=weights.detach(),
+        accumulated=accumulated,
+        update=update,
+        meta_loss=meta_loss,
+        replay=replay,
+        grad_scale=grad_scale,
+        precision=working_precision(parameters),
+    )

@@ -1,0 +1,235 @@
+"""The forward-mode pass: recalled values are those computed again, the rules are PyTorch's own."""
+
+import copy
+import random
+from itertools import product
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from cases import EXITS, MODELS, OPTIMIZERS, make_batch, make_model, warm_up
+from reweight import MeanObjective, MetaReweightStep, SampleReweighter, values
+from reweight.duals import tangents_follow_gradients
+from reweight.values import Values
+from test_models import REFUSED, ROWS, set_up
+
+
+@pytest.fixture
+def recalled(monkeypatch) -> list[Tensor]:
+    """Everything is worth recalling; what was."""
+    found: list[Tensor] = []
+    ask = Values.recall
+
+    def recall(self, product) -> Tensor | None:
+        value = ask(self, product)
+        if value is not None:
+            found.append(value)
+        return value
+
+    monkeypatch.setattr(values, "_LARGE", 0)
+    monkeypatch.setattr(Values, "recall", recall)
+    return found
+
+
+def outcome(model: nn.Module, train, meta, seed: int = 0, **options) -> list[Tensor]:
+    """What a step leaves behind: gradients, buffers, reweighter, random state."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    num_exits = len(model(train[0]))
+    reweighter = SampleReweighter(num_exits)
+    step = MetaReweightStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        reweighter.to(train[0].dtype if train[0].is_floating_point() else torch.float64),
+        reweighter_optimizer=SGD(reweighter.parameters(), lr=1.0),
+        objective=MeanObjective(),
+        **options,
+    )
+    step.backward(train, meta)
+    gradients = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
+    return [*gradients, *model.buffers(), *reweighter.parameters(), torch.get_rng_state()]
+
+
+def assert_bitwise(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other)
+    assert all(map(torch.equal, one, other))
+
+
+def forget(monkeypatch) -> None:
+    monkeypatch.setattr(Values, "recall", lambda self, product: None)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+def test_recalled_values_change_nothing(name: str, recalled, monkeypatch) -> None:
+    model, _, train, meta = set_up(ROWS[name])
+    model = getattr(model, "_orig_mod", model)
+    with_recall = outcome(model, train, meta)
+    forget(monkeypatch)
+    assert_bitwise(outcome(model, train, meta), with_recall)
+
+
+def test_products_whose_values_the_graph_holds_are_recalled(recalled, monkeypatch) -> None:
+    model, train, meta = (
+        make_model("conv_batch_norm"),
+        make_batch("conv_batch_norm"),
+        make_batch("conv_batch_norm", seed=2),
+    )
+    outcome(model, train, meta)
+    assert sum(value.dim() == 4 for value in recalled) == 3, "all convolutions"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recalled_values_change_nothing_under_autocast(dtype, recalled, monkeypatch) -> None:
+    model = make_model("conv_batch_norm").float()
+    train, meta = (
+        (inputs.float(), target)
+        for inputs, target in (make_batch("conv_batch_norm"), make_batch("conv_batch_norm", seed=2))
+    )
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with_recall = outcome(model, train, meta)
+        forget(monkeypatch)
+        assert_bitwise(outcome(model, train, meta), with_recall)
+
+
+class Layer(nn.Module):
+    """A convolution to whose input or output something happens."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.noise = how, random.Random(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if self.how == "another draw":
+            x = x * self.noise.random()
+        y = self.conv(x)
+        if self.how == "output changed":
+            y.relu_()
+        if self.how == "view of the output changed":
+            y[0].mul_(2)
+        return [self.head(y.sin().mean((2, 3)))]  # whose graph holds y
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("nothing", True),
+        ("another draw", False),
+        ("output changed", False),
+        ("view of the output changed", False),
+    ],
+)
+def test_a_stale_value_is_not_recalled(how: str, expected: bool, recalled, monkeypatch) -> None:
+    model = Layer(how).double()
+    train, meta = (
+        (torch.randn(6, 1, 5, 5, dtype=torch.float64), torch.randint(4, (6,))) for _ in range(2)
+    )
+    with_recall = outcome(model, train, meta)
+    assert any(value.dim() == 4 for value in recalled) == expected
+    forget(monkeypatch)
+    assert_bitwise(outcome(model, train, meta), with_recall)
+
+
+def values_of(func, *tensors) -> tuple[Values, Tensor]:
+    noted = Values()
+    with noted:
+        result = func(*tensors)
+    return noted, result
+
+
+def test_changed_bytes_are_noticed(recalled) -> None:
+    """Even those that compare as equal, and those of equal places."""
+    x, weight = torch.zeros(2, 4), torch.randn(3, 4, requires_grad=True)
+    for change in (lambda: x.clone(), lambda: -x, lambda: x.clone().fill_(torch.nan)):
+        noted, result = values_of(F.linear, x, weight)
+        again = noted.recall(values.Product.of(F.linear, change(), weight.detach()))
+        assert (again is not None) == torch.equal(change().view(torch.int32), x.view(torch.int32))
+    noted, result = values_of(F.linear, x, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    assert noted.recall(values.Product.of(F.linear, x, weight.detach())) is None
+    noted, result = values_of(F.linear, x, weight)
+    del result
+    assert noted.recall(values.Product.of(F.linear, x, weight.detach())) is None, "not kept alive"
+
+
+def attention(causal: bool):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 4, 6)
+RULES = {
+    "linear": (F.linear, [(2, 3, 4), (5, 4), (5,)]),
+    "conv1d": (torch.conv1d, [(2, 4, 6), (5, 4, 3), (5,)]),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), [IMAGE, (6, 2, 3, 3), (6,)]),
+    "conv_transpose2d": (F.conv_transpose2d, [IMAGE, (4, 2, 3, 3), (2,)]),
+    "batch_norm": (batch_norm, [IMAGE, (4,), (4,)]),
+    "attention": (attention(False), [HEADS, HEADS, HEADS]),
+    "causal attention": (attention(True), [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)]),
+}
+
+
+@pytest.mark.parametrize("moving", list(product([True, False], repeat=3))[:-1])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch) -> None:
+    monkeypatch.setattr(values, "_LARGE", 0)
+    func, shapes = RULES[name]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+
+    def run() -> tuple[Tensor, Tensor]:
+        duals = [
+            forward_ad.make_dual(t, d) if moves else t
+            for t, d, moves in zip(tensors, tangents, moving, strict=True)
+        ]
+        return forward_ad.unpack_dual(func(*duals))
+
+    with forward_ad.dual_level():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            theirs = run()
+        with tangents_follow_gradients(Values()):
+            ours = run()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # rounding
+
+
+@pytest.mark.parametrize("num_exits", EXITS.values(), ids=EXITS.keys())
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) -> None:
+    """Bitwise: gradients, parameters, buffers, reweighter, results, random state."""
+    train, meta = make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
+    ends = []
+    for lean in (False, True):
+        model = make_model(model_name, num_exits)
+        optimizer = OPTIMIZERS[optimizer_name](model)
+        warm_up(model, optimizer, train)
+        reweighter = SampleReweighter(num_exits, num_hidden=3).double()
+        step = MetaReweightStep(model, optimizer, reweighter, lean=lean)
+        results = [step(train, meta) for _ in range(2)]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        kept = [*model.parameters(), *model.buffers(), *reweighter.parameters()]
+        found = [
+            t for r in results for t in (r.losses.losses, r.weights, r.train_loss, r.meta_loss)
+        ]
+        ends.append([*gradients, *kept, *found, torch.get_rng_state()])
+    assert_bitwise(*ends)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+def test_lean_steps_are_the_same_for_every_model(name: str) -> None:
+    model, _, train, meta = set_up(ROWS[name])
+    model = getattr(model, "_orig_mod", model)
+    assert_bitwise(outcome(model, train, meta, lean=True), outcome(model, train, meta))
