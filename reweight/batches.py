@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Batch: TypeAlias = tuple[Any, Any]
@@ -34,13 +35,7 @@ def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
     """
     for batch in loader:
         inputs, target = unpack(batch, "the batch of `loader`")
-        sizes = {len(tensor) if tensor.dim() else 0 for tensor in _tensors((inputs, target))}
-        if len(sizes) != 1 or sizes == {0}:
-            raise ValueError(
-                "The tensors of a batch must have the same number of samples, got "
-                f"{', '.join(map(str, sorted(sizes))) or 'no tensor'}."
-            )
-        size = sizes.pop()
+        size = num_samples((inputs, target))
         if size < 2:
             warnings.warn(
                 f"Left out a batch of {size}, which cannot be halved; drop_last=True in the loader "
@@ -49,8 +44,10 @@ def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
             )
             continue
         middle = (size + 1) // 2
-        first = (_rows(inputs, slice(middle)), _rows(target, slice(middle)))
-        second = (_rows(inputs, slice(middle, None)), _rows(target, slice(middle, None)))
+        first, second = (
+            (rows_of(inputs, half), rows_of(target, half))
+            for half in (slice(middle), slice(middle, None))
+        )
         yield first, second
         yield second, first
 
@@ -74,6 +71,30 @@ def unpack(batch: Any, name: str) -> Batch:
     return inputs, target
 
 
+def num_samples(batch: Batch) -> int:
+    """How many samples every tensor of the batch holds.
+
+    Raises:
+        ValueError: they disagree, or there is none.
+    """
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in _tensors(batch)}
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(
+            "The tensors of a batch must have the same number of samples, got "
+            f"{', '.join(map(str, sorted(sizes))) or 'no tensor'}."
+        )
+    return sizes.pop()
+
+
+def drawn_rows(batch: Batch, fraction: float, seed: int) -> Tensor | None:
+    """Some of its rows by chance, apart from all else that is random; None for all of them."""
+    if fraction == 1:
+        return None
+    size = num_samples(batch)
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return drawn[: max(1, round(fraction * size))].sort().values
+
+
 def _tensors(nested: Any) -> Iterator[Tensor]:
     if isinstance(nested, Tensor):
         yield nested
@@ -85,11 +106,12 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _rows(nested: Any, rows: slice) -> Any:
+def rows_of(nested: Any, rows: slice | Tensor) -> Any:
+    """Some samples of every tensor, however nested."""
     if isinstance(nested, Tensor):
         return nested[rows]
     if isinstance(nested, Mapping):
-        return {key: _rows(value, rows) for key, value in nested.items()}
+        return {key: rows_of(value, rows) for key, value in nested.items()}
     if isinstance(nested, tuple | list):
-        return [_rows(value, rows) for value in nested]
+        return [rows_of(value, rows) for value in nested]
     return nested

@@ -1,7 +1,7 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
@@ -183,6 +183,30 @@ class Beginning:
         for module, name, buffer, value in self._places:
             buffer.data.copy_(value)
             module._buffers[name] = buffer
+
+
+class Gradients:
+    """What ``.grad`` of these parameters holds, now.
+
+    Args:
+        parameters: looked at now.
+        copy: whether gradients that are there already are copied, for a backward that adds to them.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], *, copy: bool = False) -> None:
+        self._gradients = [
+            (p, p.grad.clone() if copy and p.grad is not None else p.grad) for p in parameters
+        ]
+
+    def clear(self) -> None:
+        """Take them away."""
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        """Put them back."""
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from torch import Tensor
 from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
+from reweight.optimizers import Parameters
 from reweight.problem import MetaProblem
-from reweight.updates import Parameters
 
 _logger = logging.getLogger("reweight")
 
@@ -49,9 +49,9 @@ def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
             for name, tangent in tangents.items()
         }
         losses = problem.replay(duals, tangents_follow_gradients(problem.values))
-        product: Tensor | None = forward_ad.unpack_dual(losses).tangent
+        value, product = forward_ad.unpack_dual(losses)
     # None where the losses move with nothing that the meta loss moves with.
-    return torch.zeros_like(problem.losses) if product is None else product
+    return torch.zeros_like(value) if product is None else product
 
 
 def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
@@ -170,5 +170,5 @@ def estimate(estimator: str, problem: MetaProblem) -> tuple[Hypergradient, str]:
             estimator = "finite_difference"
     if estimator == "finite_difference":
         product = difference_product(problem, tangents)
-    value = (problem.sample_shares * product).detach()
+    value = (problem.sample_shares * problem.spread(product)).detach()
     return Hypergradient(value, meta_loss, num_zero_moments), estimator

@@ -10,8 +10,8 @@ from torch.optim import Adam, Optimizer
 
 from reweight.hypergradient import Hypergradient
 from reweight.losses import ExitLosses
+from reweight.optimizers import AnyOptimizer, is_cold
 from reweight.result import Update
-from reweight.updates import AnyOptimizer, is_cold
 
 
 class ReweighterLearner:
@@ -38,6 +38,7 @@ class ReweighterLearner:
         self.optimizer = _optimizer_for(reweighter, optimizer)
         self.clip_hypergradient = clip_hypergradient
         self.num_skipped = torch.zeros((), dtype=torch.int64)
+        self.num_calls = 0  # of the step: what its interval counts
         self._was_cold = self._has_stepped = False
 
     @property
@@ -99,10 +100,16 @@ class ReweighterLearner:
             "reweighter_options": repr(self.reweighter),
             "reweighter_optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "num_skipped": self.num_skipped,
+            "num_calls": self.num_calls,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, or raise ValueError with nothing loaded."""
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(
+                f"`state_dict` must have the keys {sorted(self.state_dict())}, got "
+                f"{sorted(state_dict)}."
+            )
         for name, ours, theirs in (
             ("reweighter_options", repr(self.reweighter), state_dict["reweighter_options"]),
             ("reweighter", *map(_shapes, (self.reweighter.state_dict(), state_dict["reweighter"]))),
@@ -120,7 +127,7 @@ class ReweighterLearner:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state_dict["reweighter_optimizer"])
         self.reweighter.load_state_dict(state_dict["reweighter"])
-        self.num_skipped = state_dict["num_skipped"]
+        self.num_skipped, self.num_calls = state_dict["num_skipped"], state_dict["num_calls"]
         self._has_stepped = self.optimizer is not None and bool(self.optimizer.state)
 
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from reweight.batches import Batch
+from reweight.batches import Batch, num_samples, rows_of
 from reweight.forwards import Beginning, ExitForward, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
-from reweight.updates import Parameters, PseudoUpdate
+from reweight.optimizers import Parameters
+from reweight.updates import PseudoUpdate
 from reweight.values import Values
 
 Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
@@ -26,12 +27,25 @@ class FirstForward(NamedTuple):
         beginning: what it began with.
         losses: what it came to, with its graph.
         values: what its products came to.
+        moved: the parameters that the look-ahead moves, by name.
+        accumulated: the gradients that those of L_tr are added to, by name.
+        scale: factor of L_tr.
+        gradients: what came of that, where the backward has been run already, by name.
     """
 
     batch: Batch
     beginning: Beginning
     losses: ExitLosses
     values: Values
+    moved: Parameters
+    accumulated: Parameters
+    scale: float = 1.0
+    gradients: Parameters | None = None
+
+
+def gradients_of(parameters: Parameters) -> Parameters:
+    """What ``.grad`` holds, by name."""
+    return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class MetaProblem:
     """One meta step, as functions of the parameters.
 
     Attributes:
-        parameters: θ, the parameters that the optimizer moves, by name.
+        parameters: θ, the parameters that the optimizer moves (or some of them), by name.
         losses: l[i,k] at θ, shape [B, K], with its graph.
         values: what the products of that forward came to.
         keep_graph: whether the graph of the losses is wanted once more.
@@ -47,10 +61,12 @@ class MetaProblem:
             in mean_i, times the scale of the call.
         weights: w[i,k], shape [B, K], without a graph.
         accumulated: the gradients that those of L_tr are added to, by name.
+        gradients: what came of that, if it is known already.
         update: U, gradients → θ̂.
         meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
         replay: (some of θ, context) → l, the same forward once more, random state included,
-            without a graph; the model is called within the context.
+            without a graph, of some of the rows; the model is called within the context.
+        spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
         grad_scale: what gradients are multiplied by on their way through low precision, or None.
         precision: spacing of the numbers that the forward computes with.
     """
@@ -62,14 +78,21 @@ class MetaProblem:
     sample_shares: Tensor
     weights: Tensor
     accumulated: Parameters
+    gradients: Parameters | None
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
     replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
+    spread: Callable[[Tensor], Tensor]
     grad_scale: Tensor | None
     precision: float
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
-        """What ``.grad`` will hold with these weights."""
+        """What ``.grad`` will hold with these weights, or holds already."""
+        if self.gradients is not None:
+            return {
+                name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
+                for name, gradient in self.gradients.items()
+            }
         gradients = torch.autograd.grad(
             self.losses,
             list(self.parameters.values()),
@@ -108,17 +131,21 @@ def meta_problem(
     model: nn.Module,
     objective: Objective,
     first: FirstForward,
+    rows: Tensor | None,
     keep_graph: bool,
     meta: Batch,
     weights: Tensor,
-    parameters: Parameters,
-    accumulated: Parameters,
     update: Callable[[Parameters], PseudoUpdate],
-    scale: float,
     grad_scale: Tensor | None,
 ) -> MetaProblem:
-    """The meta step after that first forward; the state is now's."""
+    """The meta step after that first forward; the state is now's.
+
+    Of its batch the estimator sees these rows, or all if they are None.
+    """
     after = Beginning(model)
+    batch, losses = first.batch, first.losses.losses
+    if rows is not None:
+        batch = rows_of(batch[0], rows), rows_of(batch[1], rows)
 
     def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
         def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
@@ -131,26 +158,37 @@ def meta_problem(
     def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
         first.beginning.random_state.restore()
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        swapped = {**detached, **at}
         return forward.at(
-            swapped,
+            {**detached, **at},
             first.beginning.buffers,
-            *first.batch,
+            *batch,
             lambda exits: exits.losses,
             within=within,
         )
 
+    def spread(product: Tensor) -> Tensor:
+        if rows is None:
+            return product
+        # E[spread] is the product of all rows: each is drawn with probability n / B. A row of the
+        # batch is one of the losses, or, of a language model, as many as it has tokens.
+        num_rows = num_samples(first.batch)
+        whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
+        whole[rows] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
+        return whole.view_as(losses)
+
     return MetaProblem(
-        parameters=parameters,
-        losses=first.losses.losses,
+        parameters=first.moved,
+        losses=losses,
         values=first.values,
         keep_graph=keep_graph,
-        sample_shares=scale * first.losses.sample_shares(),
+        sample_shares=first.scale * first.losses.sample_shares(),
         weights=weights.detach(),
-        accumulated=accumulated,
+        accumulated=first.accumulated,
+        gradients=first.gradients,
         update=update,
         meta_loss=meta_loss,
         replay=replay,
+        spread=spread,
         grad_scale=grad_scale,
-        precision=working_precision(parameters),
+        precision=working_precision(first.moved),
     )

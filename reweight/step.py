@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,27 +10,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
-from reweight.batches import Batch, unpack
-from reweight.forwards import Beginning, ExitForward, LossFunction, plain_attention, require_graph
+from reweight.batches import Batch, drawn_rows, unpack
+from reweight.forwards import (
+    Beginning,
+    ExitForward,
+    Gradients,
+    LossFunction,
+    plain_attention,
+    require_graph,
+)
 from reweight.hypergradient import ESTIMATORS, estimate
 from reweight.learner import ReweighterLearner
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
-from reweight.problem import FirstForward, meta_problem
-from reweight.result import StepResult, Update
-from reweight.reweighter import SampleReweighter, check_choice
-from reweight.updates import (
+from reweight.optimizers import (
     AnyOptimizer,
     Exactness,
     Parameters,
-    PseudoUpdate,
     as_optimizers,
     check_differentiable,
-    clip_gradients,
     held_by,
     held_parameters,
-    pseudo_update,
 )
+from reweight.problem import FirstForward, gradients_of, meta_problem
+from reweight.result import StepResult, Update
+from reweight.reweighter import SampleReweighter, check_choice
+from reweight.updates import pseudo_update
 from reweight.values import Values
 
 
@@ -71,6 +77,12 @@ class MetaReweightStep:
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
         lean: give up the graph of the train batch before the meta pass and make it again after it:
             about the memory of a plain step, for one more forward; the same results. Default: keep.
+        lagged: train first and learn from that step, which saves a backward: what is learned acts
+            one step later. Default: learn first.
+        train_fraction: the share of the train batch, drawn anew at each update, whose weights are
+            learned from: the faster, the noisier, and unbiased but for batch statistics. Default 1.
+        moves: parameter name → whether the look-ahead moves it: what the weights do through others,
+            also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
         TypeError: the optimizer's step cannot be differentiated.
@@ -103,6 +115,9 @@ class MetaReweightStep:
         clip_hypergradient: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         lean: bool = False,
+        lagged: bool = False,
+        train_fraction: float = 1.0,
+        moves: Callable[[str], bool] | None = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
@@ -110,21 +125,28 @@ class MetaReweightStep:
         check_choice("pseudo_update", pseudo_update, ("exact", "gradient_descent"))
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"`clip_grad_norm` must be positive, got {clip_grad_norm}.")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(f"`train_fraction` must lie in (0, 1], got {train_fraction}.")
+        if estimator == "unrolled" and (lagged or train_fraction < 1):
+            raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
         self.model, self.reweighter = model, reweighter
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
         for one in self.optimizers:
             check_differentiable(one, pseudo_update)
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
+        self.reweighter_optimizer = self._learner.optimizer
         self.objective = BudgetedObjective() if objective is None else objective
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
         self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
-        self.num_calls = 0
+        self.lagged, self.train_fraction, self.moves = lagged, train_fraction, moves
         self._forward = ExitForward(model, exits, loss)
         if not self._held_parameters():
             raise ValueError(
                 "`optimizer` must hold parameters of `model`, got one that holds none of them. "
                 "Create it from model.parameters(), after moving the model to its device."
             )
+        if not self._moved_parameters():
+            raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
 
     def __call__(self, train: Batch, meta: Batch) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
@@ -133,15 +155,12 @@ class MetaReweightStep:
                 "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
                 "and scaler.update() in its place."
             )
-        parameters = list(held_by(self.optimizers))
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+        gradients = Gradients(held_by(self.optimizers))
+        gradients.clear()
         try:
             result = self.backward(train, meta)
         except BaseException:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            gradients.restore()
             raise
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._held_parameters().values(), self.clip_grad_norm)
@@ -160,9 +179,6 @@ class MetaReweightStep:
             scale: factor of the gradient; 1/n where the gradients of n calls are accumulated for
                 one step, so that they add up to a mean.
 
-        Returns:
-            :class:`StepResult`.
-
         Raises:
             TypeError: a batch is not a pair, or the model returns something unexpected.
             ValueError: shapes or numbers of exits disagree, a batch is empty, a target is out of
@@ -170,33 +186,35 @@ class MetaReweightStep:
                 last backward fails while gradients are accumulated.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        beginning = Beginning(self.model)
-        gradients, update = {p: p.grad for p in self.model.parameters()}, None
+        beginning, values, update = Beginning(self.model), Values(), None
+        due = self._learner.num_calls % self.interval == 0 and self._learner.is_trainable
+        moved, lagged = self._moved_parameters() if due else {}, due and self.lagged
+        # If the backward is not the last thing that may fail, what it adds to must be copied.
+        gradients = Gradients(self.model.parameters(), copy=lagged)
         try:
             with self._attention():
-                due = self.num_calls % self.interval == 0 and self._learner.is_trainable
-                values = Values()
                 losses = require_graph(self._forward(*train, within=values if due else None))
-                if due:
-                    held = self._held_parameters().items()
-                    accumulated = {n: p.grad.detach() for n, p in held if p.grad is not None}
-                    first = FirstForward(train, beginning, losses, values)
-                    update = self._update(first, meta, accumulated, scale)
+                grads = gradients_of(moved)
+                first = FirstForward(train, beginning, losses, values, moved, grads, scale)
+                if due and not lagged:
+                    update = self._update(first, meta)
                     if self.lean:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
                         losses = self._forward(*train)
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
-                coefficients = scale * losses.sample_shares() * weights
-                losses.losses.backward(self._scaled(coefficients))
+                coefficients = self._scaled(scale * losses.sample_shares() * weights)
+                keep = lagged and not self.lean  # for the values, not for another backward
+                losses.losses.backward(coefficients, retain_graph=keep)
+                if lagged:
+                    update = self._update(first._replace(gradients=gradients_of(moved)), meta)
         except BaseException:
             beginning.restore()
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
+            gradients.restore()
             if update is not None:
                 update.undo()
             raise
-        self.num_calls += 1
+        self._learner.num_calls += 1
         return StepResult.of(losses, weights, update)
 
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
@@ -214,8 +232,9 @@ class MetaReweightStep:
         beginning, values = Beginning(self.model), Values()
 
         def learn(losses: ExitLosses) -> StepResult:
-            first = FirstForward(train, beginning, require_graph(losses), values)
-            update = self._update(first, meta, {}, 1.0)
+            moved = self._moved_parameters()
+            first = FirstForward(train, beginning, require_graph(losses), values, moved, {})
+            update = self._update(first, meta)
             with torch.no_grad():
                 return StepResult.of(losses, self._learner.weights(losses), update)
 
@@ -227,63 +246,39 @@ class MetaReweightStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers, text and containers."""
-        return {**self._learner.state_dict(), "num_calls": self.num_calls}
+        return self._learner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`.
-
-        Raises:
-            ValueError: it is of another kind, or of another reweighter. Nothing has been loaded
-                then.
-        """
-        if set(state_dict) != set(self.state_dict()):
-            raise ValueError(
-                f"`state_dict` must have the keys {sorted(self.state_dict())}, got "
-                f"{sorted(state_dict)}."
-            )
+        """Go on from a :meth:`state_dict`, or raise ValueError with nothing loaded."""
         self._learner.load_state_dict(state_dict)
-        self.num_calls = state_dict["num_calls"]
 
-    def _update(
-        self,
-        first: FirstForward,
-        meta: Batch,
-        accumulated: Parameters,
-        scale: float,
-    ) -> Update:
+    def _update(self, first: FirstForward, meta: Batch) -> Update:
         """Learn from one meta step after the forward of the train batch."""
-        if not accumulated:
+        if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        losses, parameters, after = first.losses, self._held_parameters(), Beginning(self.model)
-
-        def update(gradients: Parameters) -> PseudoUpdate:
-            if self.clip_grad_norm is not None:
-                gradients = clip_gradients(gradients, self.clip_grad_norm)
-            return pseudo_update(self.optimizers, parameters, gradients, self.pseudo_update)
-
+        losses, after = first.losses, Beginning(self.model)
         weights = self._learner.weights(losses)
         problem = meta_problem(
             forward=self._forward,
             model=self.model,
             objective=self.objective,
             first=first,
+            rows=drawn_rows(first.batch, self.train_fraction, seed=self._learner.num_calls),
             keep_graph=not self.lean,
             meta=meta,
             weights=weights,
-            parameters=parameters,
-            accumulated=accumulated,
-            update=update,
-            scale=scale,
+            update=partial(
+                pseudo_update,
+                self.optimizers,
+                first.moved,
+                exactness=self.pseudo_update,
+                clip_grad_norm=self.clip_grad_norm,
+            ),
             grad_scale=None if self.scaler is None else self._scaled(losses.losses.new_ones(())),
         )
         hypergradient, self.estimator = estimate(self.estimator, problem)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
         return self._learner.learn(losses, weights, hypergradient)
-
-    @property
-    def reweighter_optimizer(self) -> Optimizer | None:
-        """What moves the reweighter; None where there is nothing to move."""
-        return self._learner.optimizer
 
     @property
     def num_skipped(self) -> Tensor:
@@ -292,6 +287,9 @@ class MetaReweightStep:
 
     def _held_parameters(self) -> Parameters:
         return held_parameters(self.model, self.optimizers)
+
+    def _moved_parameters(self) -> Parameters:
+        return held_parameters(self.model, self.optimizers, self.moves)
 
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scaler is None else self.scaler.scale(tensor)

@@ -28,6 +28,7 @@ ORDER = [
     "reweighter",
     "objectives",
     "rules",
+    "optimizers",
     "updates",
     "problem",
     "hypergradient",

@@ -658,7 +658,7 @@ def test_bad_calls_are_named_and_change_nothing(case: str, method: str) -> None:
         options["reweighter"] = copy.deepcopy(options["reweighter"])
     step = make("conv_batch_norm", "adam", **options)
     if options.get("interval") == 2:
-        step.num_calls = 1
+        step._learner.num_calls = 1
     add_gradients(step.model)
     before, state = snapshot(step), copy.deepcopy(step.state_dict())
     with pytest.raises(error, match=message):

@@ -20,7 +20,8 @@ from cases import (
 from properties import assert_same
 from references import copy_together
 from reweight.learner import _Snapshot, step_where
-from reweight.updates import as_optimizers, check_differentiable, clip_gradients, pseudo_update
+from reweight.optimizers import as_optimizers, check_differentiable
+from reweight.updates import clip_gradients, pseudo_update
 
 
 @pytest.fixture(autouse=True)

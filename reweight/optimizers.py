@@ -1,0 +1,110 @@
+"""The optimizers of the user: which there are, what they hold, whether their step is known here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torchopt
+from torch import Tensor, nn, optim
+from torchopt.base import GradientTransformation
+
+from reweight.rules import RULES, Group
+
+Parameters: TypeAlias = dict[str, Tensor]
+AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
+Exactness: TypeAlias = Literal["exact", "gradient_descent"]
+
+STOCK = (optim.Adam, optim.AdamW, optim.NAdam, optim.ASGD)  # the first two for AMSGrad
+_REFUSED = {
+    "Rprop": "its step follows the sign of the gradient alone, which has no derivative",
+    "LBFGS": "its step evaluates the loss several times, with a closure",
+    "SparseAdam": "its step is defined for sparse gradients alone, which have no second derivative",
+    "Adafactor": "PyTorch has no differentiable form of it",
+    "Muon": "PyTorch has no differentiable form of it",
+}
+
+
+def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOptimizer, ...]:
+    """One optimizer or several as a tuple; a bare transformation of torchopt gets an optimizer."""
+    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    if isinstance(optimizer, GradientTransformation):  # a tuple itself
+        several = [torchopt.Optimizer(parameters, optimizer)]
+    for one in several:
+        if not isinstance(one, optim.Optimizer | torchopt.Optimizer):
+            raise TypeError(
+                "`optimizer` must be an optimizer of torch.optim or torchopt, a gradient "
+                f"transformation of torchopt, or a list of optimizers, got {type(one).__name__}."
+            )
+    held = list(map(id, held_by(several)))
+    if len(set(held)) < len(held):
+        raise ValueError("`optimizer` must hold each parameter once, got one that is held twice.")
+    return tuple(several)
+
+
+def held_by(optimizers: Sequence[AnyOptimizer]) -> Iterator[Tensor]:
+    """The parameters of all groups."""
+    for optimizer in optimizers:
+        for group in groups_of(optimizer):
+            yield from group["params"]
+
+
+def held_parameters(
+    model: nn.Module,
+    optimizers: Sequence[AnyOptimizer],
+    choice: Callable[[str], bool] | None = None,
+) -> Parameters:
+    """θ: the trainable parameters of the model that an optimizer moves, by name.
+
+    Of these only what the choice, a function of the name, is true of; None chooses all.
+    """
+    held = {id(parameter) for parameter in held_by(optimizers)}
+    parameters: Parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) in held and (choice is None or choice(name))
+    }
+    if any(parameter.is_complex() for parameter in parameters.values()):
+        raise ValueError("`model` must have real parameters, got complex ones.")
+    return parameters
+
+
+def groups_of(optimizer: AnyOptimizer) -> list[Group]:
+    """The param groups, in the form of torch.optim."""
+    if isinstance(optimizer, torchopt.Optimizer):
+        return [{"params": members} for members in optimizer.param_groups]
+    return optimizer.param_groups
+
+
+def check_differentiable(optimizer: AnyOptimizer, exactness: Exactness = "exact") -> None:
+    """Refuse, with the reason, an optimizer whose step cannot be differentiated.
+
+    Raises:
+        TypeError: Adafactor, LBFGS, Muon, Rprop, SparseAdam, or a class that is not of torch.optim
+            (a subclass may do anything in its ``step``).
+    """
+    if isinstance(optimizer, torchopt.Optimizer):
+        if exactness == "gradient_descent":
+            raise TypeError(
+                "`optimizer` must have a learning rate for pseudo_update='gradient_descent', got "
+                "one of torchopt, which is differentiable as it is. Leave pseudo_update away."
+            )
+        return
+    if exactness == "gradient_descent" or type(optimizer) in (*RULES, *STOCK):
+        return
+    name = type(optimizer).__name__
+    known = type(optimizer).__module__.startswith("torch.optim")
+    reason = _REFUSED.get(name) if known else None
+    raise TypeError(
+        f"`optimizer` must have a step that can be differentiated, got {name}: "
+        f"{reason or 'it is not a class of torch.optim, so its step is not known here'}. Use "
+        f"{', '.join(sorted({rule.__name__ for rule in (*RULES, *STOCK)}))} or an optimizer of "
+        "torchopt, or pass pseudo_update='gradient_descent' to take a plain gradient step for it, "
+        "which is an approximation."
+    )
+
+
+def is_cold(optimizer: AnyOptimizer) -> bool:
+    """Whether this is an Adam without state: its step is sign(g), with derivative about 0."""
+    kinds = (optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax)
+    return isinstance(optimizer, kinds) and not any(
+        "step" in state and state["step"] is not None for state in optimizer.state.values()
+    )

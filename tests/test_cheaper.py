@@ -1,0 +1,173 @@
+"""Cheaper steps: each gives something up, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+
+from cases import make_batch, make_model, warm_up
+from reweight import MetaReweightStep, SampleReweighter
+
+MODELS = ["mlp", "conv_batch_norm"]
+
+
+def make(model_name: str = "mlp", optimizer_class=AdamW, **options) -> MetaReweightStep:
+    torch.manual_seed(3)
+    model = make_model(model_name)
+    optimizer = optimizer_class(model.parameters(), lr=0.05)
+    warm_up(model, optimizer, make_batch(model_name, seed=7))
+    reweighter = SampleReweighter(3, num_hidden=4).double()
+    own = torch.optim.SGD(reweighter.parameters(), lr=1.0)
+    return MetaReweightStep(model, optimizer, reweighter, reweighter_optimizer=own, **options)
+
+
+def batches(model_name: str = "mlp"):
+    return make_batch(model_name), make_batch(model_name, seed=2)
+
+
+def vector(module: torch.nn.Module) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_lagged_step_trains_first_and_learns_the_same(model_name, optimizer_class, lean) -> None:
+    exact = make(model_name, optimizer_class)
+    lagged = make(model_name, optimizer_class, lagged=True, lean=lean)
+    train, meta = batches(model_name)
+    before = copy.deepcopy(exact.reweighter)
+    one, other = exact.backward(train, meta), lagged.backward(train, meta)
+    # The reweighter learns bitwise the same, from the weights that it gave before.
+    assert torch.equal(vector(exact.reweighter), vector(lagged.reweighter))
+    assert torch.equal(one.hypergradient_norm, other.hypergradient_norm)
+    with torch.no_grad():
+        assert torch.equal(other.weights, before(one.losses))
+    # And the gradient is that of those weights.
+    model = make(model_name, optimizer_class).model
+    frozen = MetaReweightStep(
+        model, SGD(model.parameters()), before.requires_grad_(False), loss=lagged._forward._loss
+    )
+    frozen.backward(train, meta)
+    for ours, theirs in zip(lagged.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(lagged.model.buffers(), exact.model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_lagged_step_accumulates() -> None:
+    exact, lagged = make(), make(lagged=True)
+    (train, meta), more = batches(), make_batch("mlp", seed=4)
+    for step in (exact, lagged):
+        step.reweighter.requires_grad_(False)
+        step.backward(more, meta, scale=0.5)
+        step.reweighter.requires_grad_()
+        step.backward(train, meta, scale=0.5)
+    assert torch.equal(vector(exact.reweighter), vector(lagged.reweighter))
+
+
+def test_a_lagged_step_that_fails_changes_nothing() -> None:
+    step = make(lagged=True)
+    train, meta = batches()
+    step.backward(train, meta)
+    gradients = [p.grad.clone() for p in step.model.parameters()]
+    before, calls = vector(step.reweighter), step.state_dict()["num_calls"]
+    with pytest.raises(ValueError, match="`target` must lie in"):
+        step.backward(train, (meta[0], meta[1] + 100))
+    assert all(map(torch.equal, gradients, (p.grad for p in step.model.parameters())))
+    assert torch.equal(before, vector(step.reweighter))
+    assert calls == step.state_dict()["num_calls"]
+
+
+def change(step: MetaReweightStep, train, meta) -> torch.Tensor:
+    """What one update moves the reweighter by: with SGD of lr 1, minus its gradient."""
+    before = vector(step.reweighter)
+    step.update_reweighter(train, meta)
+    after = vector(step.reweighter)
+    torch.nn.utils.vector_to_parameters(before, step.reweighter.parameters())
+    return after - before
+
+
+def test_a_fraction_of_the_rows_is_unbiased() -> None:
+    """The mean over all draws of one row of eight, each as often, is what all rows give."""
+    train, meta = batches()
+    size = len(train[1])
+    exact = change(make(), train, meta)
+    step = make(train_fraction=1 / size)
+    by_row, seed = {}, 0
+    while len(by_row) < size:
+        step._learner.num_calls = seed = seed + 1
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[0].item()
+        by_row.setdefault(drawn, change(step, train, meta))
+    estimates = torch.stack(list(by_row.values()))
+    torch.testing.assert_close(estimates.mean(0), exact, rtol=1e-9, atol=1e-12)
+    assert estimates.std(0).max() > 0.1 * exact.abs().max()  # and noisy
+
+
+def test_tokens_of_a_row_stay_together() -> None:
+    """A language model's batch has fewer rows than losses."""
+
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(5, 4)
+            self.exits = torch.nn.ModuleList(torch.nn.Linear(4, 5) for _ in range(3))
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            return [head(x) for head in self.exits]
+
+    torch.manual_seed(1)
+    model = Tokens().double()
+    train, meta = [(torch.randint(5, (4, 3)), torch.randint(5, (4, 3))) for _ in range(2)]
+    optimizer = SGD(model.parameters(), lr=0.1)
+    reweighter = SampleReweighter(3, num_hidden=4).double()
+    own = SGD(reweighter.parameters(), lr=1.0)
+    options = {"reweighter_optimizer": own}
+    exact = change(MetaReweightStep(model, optimizer, reweighter, **options), train, meta)
+    step = MetaReweightStep(model, optimizer, reweighter, train_fraction=0.25, **options)
+    by_row, seed = {}, 0
+    while len(by_row) < 4:
+        step._learner.num_calls = seed = seed + 1
+        drawn = torch.randperm(4, generator=torch.Generator().manual_seed(seed))[0].item()
+        by_row.setdefault(drawn, change(step, train, meta))
+    mean = torch.stack(list(by_row.values())).mean(0)
+    torch.testing.assert_close(mean, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_drawn_apart_from_all_else_that_is_random() -> None:
+    step = make(train_fraction=0.5)
+    train, meta = batches()
+    before = torch.get_rng_state()
+    step.backward(train, meta)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("estimator", ["forward", "finite_difference"])
+def test_a_choice_of_parameters_is_a_step_of_those_alone(estimator) -> None:
+    """As if an optimizer held no others."""
+    train, meta = batches()
+    step = make(optimizer_class=SGD, moves=lambda name: "exits" in name, estimator=estimator)
+    alone = make(optimizer_class=SGD, estimator=estimator)
+    alone.optimizers = (SGD(alone.model.exits.parameters(), lr=0.05),)
+    torch.testing.assert_close(
+        change(step, train, meta), change(alone, train, meta), rtol=1e-9, atol=1e-12
+    )
+    step.backward(train, meta)
+    assert all(p.grad is not None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_fraction": 0.0}, r"`train_fraction` must lie in \(0, 1\]"),
+        ({"train_fraction": 1.5}, r"`train_fraction` must lie in \(0, 1\]"),
+        ({"lagged": True, "estimator": "unrolled"}, "cannot be 'unrolled'"),
+        ({"train_fraction": 0.5, "estimator": "unrolled"}, "cannot be 'unrolled'"),
+        ({"moves": lambda name: False}, "`moves` must choose a parameter"),
+    ],
+)
+def test_bad_options_are_named(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
