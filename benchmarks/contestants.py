@@ -14,7 +14,11 @@ from reweight import MetaReweightStep, SampleReweighter
 
 MODES: dict[str, dict[str, object]] = {
     "forward": {"estimator": "forward"},
-    "forward, interval 10": {"estimator": "forward", "interval": 10},
+    "lean": {"estimator": "forward", "lean": True},
+    "interval 10": {"estimator": "forward", "interval": 10},
+    "lagged": {"estimator": "forward", "lagged": True},
+    "a quarter of the rows": {"estimator": "forward", "train_fraction": 0.25},
+    "lagged, a quarter": {"estimator": "forward", "lagged": True, "train_fraction": 0.25},
     "finite differences": {"estimator": "finite_difference"},
     "unrolled": {"estimator": "unrolled"},
 }

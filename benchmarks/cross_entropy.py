@@ -150,9 +150,9 @@ def linear_step_of(name: str, device: str = "cpu") -> Callable[[], object]:
 
 def peak_of_step(shape: tuple[int, int, int] | None, name: str) -> int:
     """Peak memory of two steps, in kB; in a process of its own."""
-    tiny = step_of((2, 4, 3), name if shape else "ours")
-    tiny()  # loads the code, which is not what is asked for
-    return peak_of(step_of(shape, name) if shape else linear_step_of(name))
+    step = step_of(shape, name) if shape else linear_step_of(name)
+    step()  # loads and compiles the code, which is not what is asked for
+    return peak_of(step)
 
 
 @pytest.mark.parametrize("name", contestants_on("cpu"))

@@ -167,7 +167,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             panel.set_xticks(x, map(str, x))
     top = 1.08 * max(float(record["ratio_high"]) for record in records)
     for panel in ratios:
-        panel.axhline(11 / 3, color="#777777", linewidth=1, linestyle="--")
+        panel.axhline(10 / 3, color="#777777", linewidth=1, linestyle="--")
         panel.set_ylim(0, top)
     ratios[0].text(8, 3.5, "the count, 3.67", fontsize=9, color="#555555", va="top")
     ratios[-1].legend(frameon=False, loc="lower left")

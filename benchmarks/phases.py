@@ -1,7 +1,8 @@
 """Where the time of a step in forward mode goes, phase by phase, against the count.
 
-A forward counts 1, a backward 2, the forward-mode pass 3 (values, and a product each for the
-tangents of weight and input), in units of a third of the plain step's forward and backward.
+A forward counts 1, a backward 2, the forward-mode pass 2 (a product each for the tangents of weight
+and input; the values are those of the first forward), in units of a third of the plain step's
+forward and backward.
 """
 
 import statistics
@@ -30,7 +31,7 @@ PHASES = [
     ("losses", "3 meta forward", 1),
     ("cotangents", "3 meta backward", 2),
     ("model", "3 back through the update", 0),
-    ("losses", "4 forward-mode pass", 3),
+    ("losses", "4 forward-mode pass", 2),
     ("reweighter", "5 back through the reweighter", 0),
     ("weights", "5 reweighter's step", 0),
     ("optimizer", "6 backward", 2),
@@ -63,8 +64,8 @@ def phase_seconds(net: Net, optimizer_name: str, num_rounds: int) -> dict[str, f
 
         return call
 
-    def update(*args: Any) -> Any:
-        result = reweight.updates.pseudo_update(*args)
+    def update(*args: Any, **kwargs: Any) -> Any:
+        result = reweight.updates.pseudo_update(*args, **kwargs)
         last = list(result.parameters.values())[-1]  # what the way back through U begins with
         if last.requires_grad:
             last.register_hook(lambda _: mark("cotangents"))

@@ -72,7 +72,8 @@ def exit_cross_entropy(
 
     The losses equal ``torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits],
     dim=1)``, computed in float32 at least; every token of a [B, T] target is a sample of its own.
-    Derivatives of every order and mode are exact, under ``torch.func`` and ``torch.compile`` too.
+    Derivatives of every order and mode are exact, also under ``torch.func`` and ``torch.compile``,
+    or raise: PyTorch has no second order of what is compiled.
 
     Args:
         logits: K tensors [B, C_k] or [B, T, C_k]; one tensor [K, B, C] or [K, B, T, C]; or for a
@@ -96,8 +97,8 @@ def exit_cross_entropy(
         TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is
             neither int64 nor floating point.
         ValueError: shapes disagree, the batch is empty, an option is out of range or not for this
-            implementation, or a target is out of range (checked on the CPU; on other devices
-            PyTorch's own assertion reports it).
+            implementation, or a target is out of range. That is checked on the CPU; on other
+            devices PyTorch's own assertion reports it, or the loss is NaN (Triton).
 
     Example:
         >>> early = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -112,8 +113,14 @@ def exit_cross_entropy(
     """
     _check_label_smoothing(label_smoothing)
     exits = _exits("logits", logits, target)
+    nums_classes = [z.shape[-1] for z in exits]
+    if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
+        raise ValueError(
+            "`class_weight` must have one weight for each class of every exit, shapes "
+            f"{sorted({(c,) for c in nums_classes})}, got {tuple(class_weight.shape)}."
+        )
     implementation = choose(impl, exits, target, label_smoothing, class_weight)
-    classes, valid, ignore = _classes(target, ignore_index, [z.shape[-1] for z in exits])
+    classes, valid, ignore = _classes(target, ignore_index, nums_classes)
     if implementation == "reference":
         rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
@@ -123,7 +130,8 @@ def exit_cross_entropy(
         results = fused(rows, classes, ignore, label_smoothing, implementation)
         if class_weight is not None:
             factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
-            results = results[0] * factor.unsqueeze(1), *results[1:]
+            factor = torch.where(valid, factor, 1).unsqueeze(1)
+            results = results[0] * factor, *results[1:]
     return ExitLosses(*results, valid)
 
 
@@ -218,7 +226,7 @@ def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> lis
         raise ValueError(f"`target` must hold at least one sample, got shape {list(target.shape)}.")
     samples = target.shape[:-1] if target.is_floating_point() else target.shape
     if isinstance(tensors, Tensor):
-        exits = list(tensors) if tensors.dim() == len(samples) + 2 else [tensors]
+        exits = list(tensors) if tensors.dim() == len(samples) + 2 and len(tensors) else [tensors]
     elif isinstance(tensors, Sequence) and tensors and all(isinstance(z, Tensor) for z in tensors):
         exits = list(tensors)
     else:
@@ -229,6 +237,8 @@ def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> lis
         )
     classes = "C" if target.dtype == torch.int64 else target.shape[-1]
     for index, each in enumerate(exits):
+        if not each.is_floating_point():
+            raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
         if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
             raise ValueError(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
 from reweight.kernels import function, linear, torch_kernels
 
+INF = torch.inf
 FORMS = ["list", "stacked", "tokens", "stacked_tokens", "single", "single_tokens"]
 
 
@@ -156,12 +157,14 @@ def test_infinite_logits(impl) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_large_logits_lose_nothing(impl) -> None:
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_large_logits_lose_nothing(impl, label_smoothing) -> None:
     """log Σ exp z − z_y, as it is written, would be rounded to 1e-3 here."""
     logits = torch.randn(50, 10) + 1e4
     target = torch.randint(10, (50,))
-    result = exit_cross_entropy(logits, target, impl=impl)
-    expected = F.cross_entropy(logits.double(), target, reduction="none")
+    options = {"label_smoothing": label_smoothing}
+    result = exit_cross_entropy(logits, target, impl=impl, **options)
+    expected = F.cross_entropy(logits.double(), target, reduction="none", **options)
     torch.testing.assert_close(result.losses[:, 0].double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -354,6 +357,9 @@ def test_bad_input_of_the_linear_form_is_named(arguments, error, message) -> Non
             "'auto' or 'reference'",
         ),
         ({"impl": "triton", "logits": torch.zeros(4, 3).double()}, "one dtype"),
+        ({"impl": "triton"}, "on one GPU"),
+        ({"class_weight": torch.ones(2)}, "`class_weight` must have one weight for each class"),
+        ({"class_weight": torch.ones(1), "impl": "reference"}, "`class_weight` must have one"),
     ],
 )
 def test_implementations_say_what_they_cannot_do(options, message) -> None:
@@ -378,9 +384,116 @@ def test_label_smoothing_out_of_range_is_named(label_smoothing: float) -> None:
         exit_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), label_smoothing=label_smoothing)
 
 
-def test_exits_may_differ_in_classes() -> None:
-    result = exit_cross_entropy([torch.randn(4, 3), torch.randn(4, 9)], torch.tensor([0, 1, 2, 0]))
-    assert result.losses.shape == (4, 2)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_ignored_class_is_never_correct(impl) -> None:
+    logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    result = exit_cross_entropy(logits, torch.tensor([0, 1]), ignore_index=0, impl=impl)
+    assert result.correct.tolist() == [[False], [True]]
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "row", [[-torch.inf] * 3, [0.0, torch.nan, 1.0], [torch.inf, 0, torch.inf]]
+)
+def test_without_probabilities_there_is_no_prediction(row, impl) -> None:
+    exits = [torch.tensor([row] * 3), torch.tensor([row] * 3)]
+    result = exit_cross_entropy(exits, torch.arange(3), impl=impl)
+    assert not result.correct.any()
+    assert result.losses.isnan().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_smoothing_over_an_impossible_class_is_infinite_as_in_pytorch(impl) -> None:
+    logits, options = torch.tensor([[0.0, 1.0, -torch.inf]] * 2), {"label_smoothing": 0.6}
+    target = torch.tensor([2, 0])
+    result = exit_cross_entropy(logits, target, impl=impl, **options)
+    assert torch.equal(
+        result.losses[:, 0], F.cross_entropy(logits, target, reduction="none", **options)
+    )
+
+
+def test_a_class_weight_that_is_not_used_does_not_matter() -> None:
+    weight = torch.tensor([torch.inf, 1.0, 1.0])
+    result = exit_cross_entropy(torch.randn(2, 3), torch.tensor([-100, 1]), class_weight=weight)
+    assert result.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_arguments_do_not_raise_the_dtype(impl) -> None:
+    weight = torch.rand(3, dtype=torch.float64)
+    result = exit_cross_entropy(
+        torch.randn(2, 3), torch.tensor([0, 1]), class_weight=weight, impl=impl
+    )
+    assert result.losses.dtype == torch.float32
+    soft = torch.rand(2, 3, dtype=torch.float64)
+    assert exit_cross_entropy(torch.randn(2, 3), soft).losses.dtype == torch.float32
+
+
+def test_the_exponentials_become_the_gradient(monkeypatch) -> None:
+    """Unless the graph is kept, or a gradient has a graph that needs them."""
+    seen = []
+    backward = function.kernel_backward
+
+    def spy(*arguments):
+        seen.append(arguments[-1])
+        return backward(*arguments)
+
+    monkeypatch.setattr(function, "kernel_backward", spy)
+    leaf = torch.randn(4, 3, requires_grad=True)
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    losses.backward(retain_graph=True)
+    losses.backward()
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    torch.autograd.grad(losses, leaf, create_graph=True)
+    losses.backward()
+    assert seen == [False, True, False]
+
+
+def test_a_backward_that_broke_off_does_not_run_again(monkeypatch) -> None:
+    leaf = torch.randn(4, 3, requires_grad=True)
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    backward = function.kernel_backward
+
+    def broken(*arguments):
+        backward(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, "kernel_backward", broken)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        losses.backward()
+    with pytest.raises(RuntimeError, match=r"broke off|second time|inplace"):
+        losses.backward()
+
+
+@pytest.mark.usefixtures("sizes")
+def test_results_may_be_changed_in_place() -> None:
+    leaves = [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
+    result = exit_cross_entropy(leaves, torch.tensor([0, 1, 2, 0]))
+    result.confidence.clamp_(max=0.5)
+    losses = 1 * result.losses
+    losses[0] = 0
+    losses.sum().backward()
+    assert all(z.grad[0].eq(0).all() and z.grad[1].ne(0).all() for z in leaves)
+
+
+def test_exits_that_are_frozen_keep_nothing() -> None:
+    exits = [torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)]
+    with torch.autograd.graph.saved_tensors_hooks(sizes := Sizes(), lambda x: x):
+        losses = exit_cross_entropy(exits, torch.tensor([0, 1, 2, 0])).losses
+    assert sizes.count([4, 3]) == 1
+    losses.sum().backward()
+
+
+class Sizes(list):
+    """Takes note of what a graph saves."""
+
+    def __call__(self, tensor):
+        self.append(list(tensor.shape))
+        return tensor
 
 
 def test_shares_of_the_mean_leave_ignored_samples_out() -> None:
@@ -409,6 +522,8 @@ def test_shares_of_the_mean_leave_ignored_samples_out() -> None:
         ),
         (torch.zeros(2, 3), [0, 1], TypeError, "got list"),
         (None, torch.tensor([0]), TypeError, "got NoneType"),
+        (torch.zeros(0, 4, 3), torch.zeros(4).long(), ValueError, r"\[4, 'C'\], got \[0, 4, 3\]"),
+        (torch.zeros(2, 3).long(), torch.tensor([0, 1]), TypeError, "floating point"),
     ],
 )
 def test_bad_input_is_named(logits, target, error, message) -> None:

@@ -31,11 +31,14 @@ def forward(
         num_classes = rows.shape[1]
         if ignore_index is not None:  # cut off, so that a gradient is 0 and not 0·NaN
             rows = counted(rows, classes, ignore_index, rows.detach())
-        log_probabilities = rows.log_softmax(1, torch.promote_types(rows.dtype, torch.float32))
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        log_probabilities = rows.log_softmax(1, dtype)
         best, prediction = log_probabilities.detach().max(1)
-        weighted = log_probabilities if class_weight is None else log_probabilities * class_weight
+        weighted = log_probabilities
+        if class_weight is not None:
+            weighted = weighted * class_weight.to(dtype)
         if soft:
-            q = (1 - label_smoothing) * target + label_smoothing / num_classes
+            q = (1 - label_smoothing) * target.to(dtype) + label_smoothing / num_classes
             # 0·log 0 = 0: what is impossible in the target may be so in the logits.
             loss = -torch.where(q == 0, 0, q * weighted).sum(1)
         else:
@@ -45,7 +48,8 @@ def forward(
                 loss = (1 - label_smoothing) * loss + label_smoothing * uniform
         losses.append(counted(loss, classes, ignore_index))
         confidences.append(best.exp())
-        corrects.append(prediction == classes)
+        correct = (prediction == classes) & best.isfinite()
+        corrects.append(counted(correct, classes, ignore_index, False))
     return torch.stack(losses, 1), torch.stack(confidences, 1), torch.stack(corrects, 1)
 
 
@@ -73,7 +77,7 @@ def derivative(
 
 
 def counted(
-    rows: Tensor, target: Tensor, ignore_index: int | None, otherwise: Tensor | float = 0.0
+    rows: Tensor, target: Tensor, ignore_index: int | None, otherwise: Tensor | float | bool = 0.0
 ) -> Tensor:
     """Rows [N, ...] where the target counts; it takes more than a factor of 0 to undo a NaN."""
     if ignore_index is None:

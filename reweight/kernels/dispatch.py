@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 _TRITON = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -31,34 +33,40 @@ def choose(
     if impl == "reference" or not fits or is_traced():
         return "reference"
     if impl == "triton" and not _fits_triton(exits):
+        got = sorted({f"{z.dtype} on {z.device}" for z in exits})
         raise ValueError(
-            "`impl='triton'` needs the package triton and logits of one dtype, float32, float16 or "
-            f"bfloat16, got {sorted({str(z.dtype) for z in exits})}. Use 'auto'."
+            "`impl='triton'` needs the package triton and logits on one GPU and of one dtype, "
+            f"float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
         )
     if impl == "auto":
-        on_gpu = exits[0].device.type == "cuda" and _fits_triton(exits)
-        return "torch" if exits[0].device.type == "cpu" else "triton" if on_gpu else "reference"
+        on_cpu = exits[0].device.type == "cpu"
+        return "torch" if on_cpu else "triton" if _fits_triton(exits) else "reference"
     return impl
 
 
 def choose_linear(hidden: Sequence[Tensor]) -> str:
     """The same for logits that are made of these hidden states, chunk by chunk."""
-    on_gpu = hidden[0].device.type == "cuda" and _fits_triton(hidden)
-    return "triton" if on_gpu else "torch"
+    on_cpu = hidden[0].device.type == "cpu"
+    return "torch" if on_cpu or not _fits_triton(hidden) else "triton"
 
 
 def _fits_triton(logits: Sequence[Tensor]) -> bool:
-    dtypes = {z.dtype for z in logits}
-    return len(dtypes) == 1 and dtypes <= _TRITON and _has_triton()
+    kinds = {(z.device, z.dtype) for z in logits}
+    on_gpu = logits[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return len(kinds) == 1 and logits[0].dtype in _TRITON and on_gpu and _has_triton()
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a transform of torch.func looks on.
+    """Whether a compiler, a tracer or a transform of torch.func looks on.
 
     Compilers know no function with a forward mode of its own, but fuse plain operations well;
-    transforms lose the outer tangent of such a function where they nest.
+    transforms lose the outer tangent of such a function where they nest; tracers have no values.
     """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+    )
 
 
 @functools.cache

@@ -38,23 +38,24 @@ def fused(
     The logits are K matrices [N, C_k], or one [K·N, C]; the target is [N] classes, all valid if
     ``ignore_index`` is None.
     """
-    if implementation == "torch" and len(logits) > 1 and sum(map(Tensor.numel, logits)) > _LARGE:
-        # One by one, so that the backward can give the memory of each back in its turn.
+    some = [torch.is_grad_enabled() and rows.requires_grad for rows in logits]
+    large = implementation == "torch" and sum(map(Tensor.numel, logits)) > _LARGE
+    if len(logits) > 1 and (large or any(some) != all(some)):
+        # One by one, so that the backward can give the memory of each back in its turn, and what
+        # needs no gradient keeps nothing for one.
         parts = [
             fused([rows], target, ignore_index, label_smoothing, implementation) for rows in logits
         ]
         losses, confidence, correct = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return losses, confidence, correct
+    merge = implementation == "torch" and len(logits) > 1 and _is_small(logits)
     # The exponentials take the place of the logits in memory, unless those are smaller.
-    keep = (
-        implementation == "torch"
-        and all(rows.dtype in (torch.float32, torch.float64) for rows in logits)
-        and torch.is_grad_enabled()
-        and any(rows.requires_grad for rows in logits)
+    whole = all(rows.dtype in (torch.float32, torch.float64) for rows in logits)
+    keep = implementation == "torch" and any(some) and whole
+    results = ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        implementation, keep, merge, ignore_index, label_smoothing, target, *logits
     )
-    losses, confidence, correct, *_ = ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        implementation, keep, ignore_index, label_smoothing, target, *logits
-    )
+    losses, confidence, correct = (each.view(-1, len(target)).t() for each in results[:3])
     return losses, confidence, correct
 
 
@@ -66,86 +67,87 @@ class ExitCrossEntropy(torch.autograd.Function):
         ctx: Context,
         implementation: str,
         keep: bool,
+        merge: bool,
         ignore_index: int | None,
         label_smoothing: float,
         target: Tensor,
         *logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Losses, confidence and correctness [N, K], and E = exp(z − m) of all rows if kept."""
-        merge = implementation == "torch" and len(logits) > 1 and _is_small(logits)
-        matrices = [torch.cat(logits)] if merge else logits
-        *results, peak, exponentials = kernel_forward(
-            implementation,
-            matrices,
-            _for_rows(target, matrices),
-            ignore_index,
-            label_smoothing,
-            keep,
+        """Losses, confidence and correctness, and E = exp(z − m) of all rows if kept.
+
+        All [K, N], or [1, K·N] where the exits are merged, or one matrix already.
+        """
+        if merge:
+            logits = (torch.cat(logits),)
+        num_exits = len(logits[0]) // len(target)
+        target = target if num_exits == 1 else target.expand(num_exits, -1).flatten()
+        losses, confidence, correct, peak, exponentials = kernel_forward(
+            implementation, logits, target, ignore_index, label_smoothing, keep
         )
-        losses, confidence, correct = (each.view(-1, len(target)).t() for each in results)
         ctx.mark_non_differentiable(confidence, correct)
         ctx.set_materialize_grads(False)
         ctx.implementation, ctx.rest = implementation, (ignore_index, label_smoothing)
-        ctx.num_exits, ctx.keep = len(logits), keep
+        ctx.keep, ctx.merge, ctx.is_intact, ctx.is_needed = keep, merge, True, False
         kept = exponentials if keep else [peak, *logits]
-        ctx.save_for_backward(target, results[1], *kept)
+        ctx.save_for_backward(target, confidence.clone(), *kept)
         ctx.save_for_forward(target, *logits, *exponentials)
         return losses, confidence, correct, *exponentials
 
     @staticmethod
     def backward(ctx: Context, upstream: Tensor | None, *others: Tensor | None) -> Any:
-        """Upstream [N, K] → upstream·(p − q) of each exit; dE/dz = E."""
+        """Upstream → upstream·(p − q) of each exit; dE/dz = E."""
+        if not ctx.is_intact:
+            raise RuntimeError("A backward that broke off used up the graph of exit_cross_entropy.")
         target, confidence, *kept = ctx.saved_tensors
         rest: tuple[int | None, float] = ctx.rest
-        peak, sources = (None, kept) if ctx.keep else (kept[0].view(len(kept) - 1, -1), kept[1:])
-        confidence = confidence.view(len(sources), -1)
-        classes = _for_rows(target, sources)
+        peak, sources = (None, kept) if ctx.keep else (kept[0], kept[1:])
         if upstream is None:
-            upstream = torch.zeros_like(confidence).view(-1, len(target)).t()
-        g = upstream.t().reshape(len(sources), -1)
+            upstream = torch.zeros_like(confidence)
         higher = others[2:]  # cotangents of E, where a gradient had a graph
         plain = all(each is None for each in higher) and is_plain(upstream, *sources)
         if torch.is_grad_enabled() or not plain:
-            slopes = (derivative(z, classes, *rest, are_exponentials=ctx.keep) for z in sources)
+            ctx.is_needed = True  # by the graph of the gradient
+            slopes = (derivative(z, target, *rest, are_exponentials=ctx.keep) for z in sources)
             gradients = [
-                (slope * each.unsqueeze(1)).to(rows.dtype)
-                for slope, each, rows in zip(slopes, g, sources, strict=True)
+                (slope * g.unsqueeze(1)).to(rows.dtype)
+                for slope, g, rows in zip(slopes, upstream, sources, strict=True)
             ]
             for k, each in enumerate(higher):
                 if each is not None:
-                    gradients[k] = gradients[k] + counted(each * sources[k], classes, rest[0])
+                    gradients[k] = gradients[k] + counted(each * sources[k], target, rest[0])
         else:
-            in_place = ctx.keep and not torch._C._autograd._get_current_graph_task_keep_graph()
+            in_place = ctx.keep and not ctx.is_needed and not _keeps_graph()
+            ctx.is_intact = not in_place
+            values = [rows.detach() for rows in sources]
             gradients = kernel_backward(
-                ctx.implementation,
-                [rows.detach() for rows in sources],
-                classes,
-                *rest,
-                peak,
-                confidence,
-                g,
-                in_place,
+                ctx.implementation, values, target, *rest, peak, confidence, upstream, in_place
             )
-        merged = len(gradients) < ctx.num_exits
-        return *(None,) * 5, *(gradients[0].chunk(ctx.num_exits) if merged else gradients)
+        if ctx.merge:
+            gradients = list(gradients[0].chunk(len(ctx.needs_input_grad) - 6))
+        return *(None,) * 6, *gradients
 
     @staticmethod
     def jvp(ctx: Context, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """⟨p − q, dz⟩ of each row; dE = E·dz."""
         target, *tensors = ctx.saved_tensors
-        logits, exponentials = tensors[: ctx.num_exits], tensors[ctx.num_exits :]
-        classes = _for_rows(target, logits)
+        num_exits = len(tangents) - 6
+        like = tensors[0].chunk(num_exits) if ctx.merge else tensors
         moved = [
             torch.zeros_like(rows) if dz is None else dz
-            for rows, dz in zip(logits, tangents[5:], strict=True)
+            for rows, dz in zip(like, tangents[6:], strict=False)
         ]
-        slopes = (derivative(rows, classes, *ctx.rest) for rows in logits)
-        products = [(slope * dz).sum(1) for slope, dz in zip(slopes, moved, strict=True)]
-        of_losses = torch.stack([counted(each, classes, ctx.rest[0]) for each in products])
-        if len(exponentials) == 1:
+        if ctx.merge:
             moved = [torch.cat(moved)]
-        of_exponentials = [each * dz for each, dz in zip(exponentials, moved, strict=False)]
-        return of_losses.view(-1, len(target)).t(), None, None, *of_exponentials
+        logits, exponentials = tensors[: len(moved)], tensors[len(moved) :]
+        slopes = (derivative(rows, target, *ctx.rest) for rows in logits)
+        products = [(slope * dz).sum(1) for slope, dz in zip(slopes, moved, strict=True)]
+        of_losses = torch.stack([counted(each, target, ctx.rest[0]) for each in products])
+        of_exponentials = [e * dz for e, dz in zip(exponentials, moved, strict=ctx.keep)]
+        return of_losses, None, None, *of_exponentials
+
+
+# Whether the graph will be run backward again, which PyTorch tells its own compiler alone.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def kernel_forward(
@@ -204,9 +206,3 @@ def _is_small(logits: Sequence[Tensor]) -> bool:
     return len(logits) * first.numel() <= _SMALL and all(
         rows.shape == first.shape and rows.dtype == first.dtype for rows in logits
     )
-
-
-def _for_rows(target: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The target of each row, where one matrix holds the rows of several exits too."""
-    num_exits = len(matrices[0]) // len(target)
-    return target if num_exits == 1 else target.expand(num_exits, -1).flatten()

@@ -37,14 +37,15 @@ def forward(
     """
     dtype = functools.reduce(torch.promote_types, [rows.dtype for rows in logits], torch.float32)
     valid, index = _classes(target, ignore_index)
-    statistics = [_statistics(rows, index, dtype, keep) for rows in logits]
-    *columns, exponentials = zip(*statistics, strict=True)
-    peak, total, at_target, correct = (torch.stack(column) for column in columns)
+    parts = [_statistics(rows, index, dtype, label_smoothing, keep) for rows in logits]
+    *columns, gaps, exponentials = zip(*parts, strict=True)
+    peak, total, at_target = (torch.stack(column) for column in columns)
     log_total = total.log()
     losses = log_total + (peak - at_target)
     if label_smoothing:
-        means = torch.stack([rows.mean(1, dtype=dtype) for rows in logits])
-        losses = torch.lerp(losses, log_total + (peak - means), label_smoothing)
+        uniform = log_total - torch.stack(gaps)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    correct = _correct(logits, target, at_target == peak, total)
     if valid is not None:
         losses, correct = torch.where(valid, losses, 0), correct & valid
     return losses, total.reciprocal_(), correct, peak, list(exponentials) if keep else []
@@ -89,31 +90,46 @@ def backward(
 
 
 def _statistics(
-    rows: Tensor, index: Tensor, dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each row: m, S, the target's logit, whether that is the prediction; and exp(z − m)."""
+    rows: Tensor, index: Tensor, dtype: torch.dtype, label_smoothing: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Of each row: m, S, z_y, the mean of z − m if it is needed; and exp(z − m)."""
     # Blocks share a buffer: fresh memory costs more than arithmetic.
     num_rows = len(rows) if keep else min(len(rows), _block_size(rows))
     buffer = rows.new_empty(num_rows, rows.shape[1], dtype=dtype)
-    peaks, totals = [], []
+    peaks, totals, gaps = [], [], []
     for block in _blocks(rows):
         z = rows[block]
         peak = z.amax(1).to(dtype)
         e = torch.sub(z, peak.unsqueeze(1), out=buffer[block] if keep else buffer[: len(z)])
+        if label_smoothing:
+            gaps.append(e.mean(1))
         peaks.append(peak)
         totals.append(e.exp_().sum(1))
-    peak, total = (each[0] if len(each) == 1 else torch.cat(each) for each in (peaks, totals))
     at_target = rows.gather(1, index).squeeze(1).to(dtype)
-    # Of equal logits the first is the prediction, and to find it takes time. But two that are
-    # largest make S at least 2, so only few rows need be looked at.
-    if rows.numel() <= _TINY:
-        correct = rows.max(1).indices == index.squeeze(1)
-    else:
-        correct = at_target == peak
-        tied = (correct & (total >= 2)).nonzero().squeeze(1)
-        if len(tied):
-            correct[tied] = rows[tied].max(1).indices == index[tied, 0]
-    return peak, total, at_target, correct, buffer
+    return _joined(peaks), _joined(totals), at_target, _joined(gaps) if gaps else None, buffer
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _correct(logits: Sequence[Tensor], target: Tensor, is_largest: Tensor, total: Tensor) -> Tensor:
+    """Whether the target is the first of the largest logits, which takes time to find.
+
+    But two that are largest make S at least 2, so only few rows need be looked at. Where S is less
+    than 1 or no number, there are no probabilities, and there is no prediction.
+    """
+    correct = is_largest & (total >= 1)
+    if len(logits) == 1 and logits[0].numel() <= _TINY:
+        return correct & (logits[0].max(1).indices == target)
+    exits, rows = (correct & (total >= 2)).nonzero(as_tuple=True)
+    if len(rows):
+        of_each = rows.split(torch.bincount(exits, minlength=len(logits)).tolist())
+        firsts = [
+            z.index_select(0, some).argmax(1) for z, some in zip(logits, of_each, strict=True)
+        ]
+        correct[exits, rows] = torch.cat(firsts) == target[rows]
+    return correct
 
 
 def _classes(target: Tensor, ignore_index: int | None) -> tuple[Tensor | None, Tensor]:
