@@ -6,7 +6,8 @@ take turns, and the median over the rounds of the usual loop's time over each on
 Memory: each in a process of its own, peak resident set above what the inputs take, over the usual
 loop's.
 
-    python benchmarks/cross_entropy.py                # on the CPU; about five minutes on two cores
+    python benchmarks/cross_entropy.py                # on the CPU; about six minutes on two cores
+    python benchmarks/cross_entropy.py --threads 1 --time-only
     python benchmarks/cross_entropy.py --device cuda  # with Triton, and Liger where installed
     pytest benchmarks/cross_entropy.py --benchmark-only  # the same under pytest-benchmark
 """
@@ -177,18 +178,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--time-only", action="store_true")
     settings = parser.parse_args()
-    device, on_cpu = settings.device, settings.device == "cpu"
+    device, weigh = settings.device, settings.device == "cpu" and not settings.time_only
+    torch.set_num_threads(settings.threads)
     names = list(contestants_on(device))
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
     print("speed-up over the usual loop (peak memory over that of the usual loop)")
     print(f"{'exits, rows, classes':>20} {'loop, ms':>9} " + "".join(f"{n:>17}" for n in names[1:]))
     for shape in SHAPES:
-        num_small = max(1, 2**22 // (shape[0] * shape[1] * shape[2]))  # steps in one turn
-        steps = {name: (step_of(shape, name, device), num_small) for name in names}
+        num_elements = shape[0] * shape[1] * shape[2]
+        num_steps = max(1, min(300, 2**25 // num_elements))  # in one turn: the heap settles first
+        steps = {name: (step_of(shape, name, device), num_steps) for name in names}
         seconds = seconds_by_turns(steps, settings.rounds)
         ratios = median_ratios(seconds, names[0])
-        weighed = names if on_cpu and num_small == 1 else []  # the others hide in what a heap keeps
+        weighed = names if weigh and num_steps == 1 else []  # the others hide in what a heap keeps
         memory = {name: peak_memory(peak_of_step, shape, name) for name in weighed}
         cells = []
         for name in names[1:]:
@@ -206,7 +211,7 @@ def main() -> None:
     ratios = median_ratios(seconds, "materialised")
     for name in LINEAR:
         share = ""
-        if on_cpu:
+        if weigh:
             mine, other = (peak_memory(peak_of_step, None, n) for n in (name, "materialised"))
             share = f"{mine / other:.2f}  ({mine / 1024:.0f} MiB)"
         print(f"{name:>24} {ratios[name]:>6.2f} {share}", flush=True)
