@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.9")
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
 from reweight.kernels import triton_kernels
 

@@ -1,6 +1,7 @@
 """Which implementation of cross-entropy computes what."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
 _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+_OLDEST_TRITON = (3, 9)
 _TRITON = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -35,7 +37,7 @@ def choose(
     if impl == "triton" and not _fits_triton(exits):
         got = sorted({f"{z.dtype} on {z.device}" for z in exits})
         raise ValueError(
-            "`impl='triton'` needs the package triton and logits on one GPU and of one dtype, "
+            "`impl='triton'` needs the package triton, 3.9 or newer, and logits on one GPU and of one dtype, "
             f"float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
         )
     if impl == "auto":
@@ -71,4 +73,8 @@ def is_traced() -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton that the kernels were tested with: 3.2 fails them."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    return (int(major), int(minor)) >= _OLDEST_TRITON
