@@ -37,8 +37,8 @@ def choose(
     if impl == "triton" and not _fits_triton(exits):
         got = sorted({f"{z.dtype} on {z.device}" for z in exits})
         raise ValueError(
-            "`impl='triton'` needs the package triton, 3.9 or newer, and logits on one GPU and of one dtype, "
-            f"float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
+            "`impl='triton'` needs the package triton, 3.9 or newer, and logits on one GPU and of "
+            f"one dtype, float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
         )
     if impl == "auto":
         on_cpu = exits[0].device.type == "cpu"
