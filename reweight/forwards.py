@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
+from reweight.shards import is_sharded, shards_at
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 T = TypeVar("T")
@@ -55,8 +57,11 @@ class ExitForward:
         then: Callable[[ExitLosses], T],
         *,
         within: AbstractContextManager[Any] | None = None,
+        tangents: Mapping[str, Tensor] | None = None,
     ) -> T:
         """The forward at these parameters, the others as they are, on copies of these buffers.
+
+        Within a dual level, parameters may be given tangents.
 
         What is to be done with the losses, gradients above all, is done by ``then``, while the
         parameters are in place: activation checkpointing runs the model again in the backward.
@@ -73,9 +78,17 @@ class ExitForward:
                 "`parametrize.cached()` must not be around a step: it would keep the parameters of "
                 "one pass for the next."
             )
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        swapped = {f"model.{name}": tensor for name, tensor in {**copies, **parameters}.items()}
-        result: T = functional_call(self._holder, swapped, (run,))
+        swapped = {f"model.{name}": buffer.clone() for name, buffer in buffers.items()}
+        shards, tangents = {}, tangents or {}
+        for name, tensor in parameters.items():
+            if is_sharded(tensor):
+                shards[name] = tensor
+            elif name in tangents:
+                swapped[f"model.{name}"] = forward_ad.make_dual(tensor, tangents[name])
+            else:
+                swapped[f"model.{name}"] = tensor
+        with shards_at(self._model, shards, tangents) if shards else nullcontext():
+            result: T = functional_call(self._holder, swapped, (run,))
         return result
 
     def _losses(self, outputs: Any, target: Any) -> ExitLosses:

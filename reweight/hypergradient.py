@@ -22,6 +22,7 @@ from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
 from reweight.optimizers import Parameters
 from reweight.problem import MetaProblem
+from reweight.shards import whole
 
 _logger = logging.getLogger("reweight")
 
@@ -44,11 +45,7 @@ def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
     """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
     load_forward_mode()
     with forward_ad.dual_level():
-        duals = {
-            name: forward_ad.make_dual(problem.parameters[name].detach(), tangent)  # θ + ε·v
-            for name, tangent in tangents.items()
-        }
-        losses = problem.replay(duals, tangents_follow_gradients(problem.values))
+        losses = problem.replay({}, tangents, tangents_follow_gradients(problem.values))  # θ + ε·v
         value, product = forward_ad.unpack_dual(losses)
     # None where the losses move with nothing that the meta loss moves with.
     return torch.zeros_like(value) if product is None else product
@@ -63,7 +60,7 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
     graph: differences see through it.
     """
     lengths = [
-        torch.stack([tensor.detach().norm() for tensor in tensors]).norm()
+        torch.stack([whole(tensor.detach().norm()) for tensor in tensors]).norm()
         for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
     ]
     watch = DifferenceWatch()
@@ -74,6 +71,7 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
         above, below = (
             problem.replay(
                 {n: problem.parameters[n].detach() + sign * step * v for n, v in tangents.items()},
+                {},
                 watch,
             )
             for sign in (1, -1)
@@ -109,15 +107,15 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
     gradients = _leaves(problem.train_gradients(problem.weights))
     update = problem.update(gradients)
     updated = _leaves(update.parameters)
-    moved = list(gradients)
-    meta_loss, cotangents = problem.meta_loss(  # c
-        updated,
-        lambda meta_loss: _grad(
-            meta_loss.value,
-            [updated[name] for name in moved],
-            problem.scaled(torch.ones_like(meta_loss.value)),
-        ),
-    )
+    moved = {name: updated[name] for name in gradients}
+
+    def cotangent(meta_loss: MetaLoss) -> tuple[Tensor, ...]:
+        found = problem.gradients_at(
+            moved, meta_loss.value, problem.scaled(torch.ones_like(meta_loss.value))
+        )
+        return tuple(torch.zeros_like(moved[n]) if g is None else g for n, g in found.items())
+
+    meta_loss, cotangents = problem.meta_loss(updated, cotangent)  # c
     tangents = _grad(
         [update.parameters[name] for name in moved],
         list(gradients.values()),

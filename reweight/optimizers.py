@@ -8,6 +8,7 @@ from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
 from reweight.rules import RULES, Group
+from reweight.shards import parameters_of
 
 Parameters: TypeAlias = dict[str, Tensor]
 AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
@@ -59,7 +60,7 @@ def held_parameters(
     held = {id(parameter) for parameter in held_by(optimizers)}
     parameters: Parameters = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters_of(model).items()
         if parameter.requires_grad and id(parameter) in held and (choice is None or choice(name))
     }
     if any(parameter.is_complex() for parameter in parameters.values()):

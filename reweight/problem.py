@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from reweight.batches import Batch, num_samples, rows_of
-from reweight.forwards import Beginning, ExitForward, working_precision
+from reweight.forwards import Beginning, ExitForward, Gradients, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
 from reweight.optimizers import Parameters
+from reweight.shards import is_sharded
 from reweight.updates import PseudoUpdate
 from reweight.values import Values
 
@@ -27,6 +28,7 @@ class FirstForward(NamedTuple):
         beginning: what it began with.
         losses: what it came to, with its graph.
         values: what its products came to.
+        parameters: all of the model, by name.
         moved: the parameters that the look-ahead moves, by name.
         accumulated: the gradients that those of L_tr are added to, by name.
         scale: factor of L_tr.
@@ -37,6 +39,7 @@ class FirstForward(NamedTuple):
     beginning: Beginning
     losses: ExitLosses
     values: Values
+    parameters: Parameters
     moved: Parameters
     accumulated: Parameters
     scale: float = 1.0
@@ -64,8 +67,9 @@ class MetaProblem:
         gradients: what came of that, if it is known already.
         update: U, gradients → θ̂.
         meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
-        replay: (some of θ, context) → l, the same forward once more, random state included,
-            without a graph, of some of the rows; the model is called within the context.
+        everything: all parameters of the model.
+        replay: (some of θ, tangents of some, context) → l, the same forward once more, random state
+            included, without a graph, of some of the rows; the model is called within the context.
         spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
         grad_scale: what gradients are multiplied by on their way through low precision, or None.
         precision: spacing of the numbers that the forward computes with.
@@ -81,7 +85,8 @@ class MetaProblem:
     gradients: Parameters | None
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
-    replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
+    everything: Parameters
+    replay: Callable[[Parameters, Parameters, AbstractContextManager[Any]], Tensor]
     spread: Callable[[Tensor], Tensor]
     grad_scale: Tensor | None
     precision: float
@@ -93,19 +98,14 @@ class MetaProblem:
                 name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
                 for name, gradient in self.gradients.items()
             }
-        gradients = torch.autograd.grad(
+        gradients = self.gradients_at(
+            self.parameters,
             self.losses,
-            list(self.parameters.values()),
             self.scaled(self.sample_shares * weights),
             retain_graph=self.keep_graph or create_graph,
             create_graph=create_graph,
-            allow_unused=True,
         )
-        reached = {
-            name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
-            for name, gradient in zip(self.parameters, gradients, strict=True)
-            if gradient is not None
-        }
+        reached = {name: self.unscaled(g) for name, g in gradients.items() if g is not None}
         if not reached:
             raise ValueError(
                 "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
@@ -115,6 +115,30 @@ class MetaProblem:
             gradient = self.unscaled(gradient)
             reached[name] = reached[name] + gradient if name in reached else gradient
         return reached
+
+    def gradients_at(
+        self, parameters: Parameters, outputs: Tensor, cotangents: Tensor, **options: bool
+    ) -> dict[str, Tensor | None]:
+        """∂outputs/∂parameters, where these are in place, by name; None if nothing depends on one.
+
+        Gradients of shards are reduced by the backward of FSDP into ``.grad``, so they go by there.
+        """
+        if not any(map(is_sharded, parameters.values())):
+            found = torch.autograd.grad(
+                outputs, list(parameters.values()), cotangents, allow_unused=True, **options
+            )
+            return {
+                n: g.to_dense() if g is not None and g.is_sparse else g
+                for n, g in zip(parameters, found, strict=True)
+            }
+        leaves = {n: self.parameters[n] if is_sharded(p) else p for n, p in parameters.items()}
+        before = Gradients(self.everything.values())
+        before.clear()
+        try:
+            outputs.backward(cotangents, retain_graph=options.get("retain_graph", False))
+            return {name: leaf.grad for name, leaf in leaves.items()}
+        finally:
+            before.restore()
 
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""
@@ -155,15 +179,16 @@ def meta_problem(
         after.random_state.restore()
         return forward.at(at, after.buffers, *meta, then)
 
-    def replay(at: Parameters, within: AbstractContextManager[Any]) -> Tensor:
+    def replay(at: Parameters, tangents: Parameters, within: AbstractContextManager[Any]) -> Tensor:
         first.beginning.random_state.restore()
-        detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        detached = {name: parameter.detach() for name, parameter in first.parameters.items()}
         return forward.at(
             {**detached, **at},
             first.beginning.buffers,
             *batch,
             lambda exits: exits.losses,
             within=within,
+            tangents=tangents,
         )
 
     def spread(product: Tensor) -> Tensor:
@@ -178,6 +203,7 @@ def meta_problem(
 
     return MetaProblem(
         parameters=first.moved,
+        everything=first.parameters,
         losses=losses,
         values=first.values,
         keep_graph=keep_graph,

@@ -35,6 +35,7 @@ from reweight.optimizers import (
 from reweight.problem import FirstForward, gradients_of, meta_problem
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter, check_choice
+from reweight.shards import parameters_of
 from reweight.updates import pseudo_update
 from reweight.values import Values
 
@@ -186,16 +187,19 @@ class MetaReweightStep:
                 last backward fails while gradients are accumulated.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
+        parameters = parameters_of(self.model)
         beginning, values, update = Beginning(self.model), Values(), None
         due = self._learner.num_calls % self.interval == 0 and self._learner.is_trainable
         moved, lagged = self._moved_parameters() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
-        gradients = Gradients(self.model.parameters(), copy=lagged)
+        gradients = Gradients(parameters.values(), copy=lagged)
         try:
             with self._attention():
                 losses = require_graph(self._forward(*train, within=values if due else None))
                 grads = gradients_of(moved)
-                first = FirstForward(train, beginning, losses, values, moved, grads, scale)
+                first = FirstForward(
+                    train, beginning, losses, values, parameters, moved, grads, scale
+                )
                 if due and not lagged:
                     update = self._update(first, meta)
                     if self.lean:  # once more from the beginning: the same losses, a new graph
@@ -229,11 +233,12 @@ class MetaReweightStep:
             raise ValueError(
                 "`reweighter` must have a trainable parameter to be updated, got none."
             )
+        parameters, moved = parameters_of(self.model), self._moved_parameters()
         beginning, values = Beginning(self.model), Values()
 
         def learn(losses: ExitLosses) -> StepResult:
-            moved = self._moved_parameters()
-            first = FirstForward(train, beginning, require_graph(losses), values, moved, {})
+            losses = require_graph(losses)
+            first = FirstForward(train, beginning, losses, values, parameters, moved, {})
             update = self._update(first, meta)
             with torch.no_grad():
                 return StepResult.of(losses, self._learner.weights(losses), update)

@@ -19,6 +19,7 @@ from torchopt.transform.scale_by_adadelta import ScaleByAdadeltaState
 
 from reweight.optimizers import AnyOptimizer, Exactness, Parameters, groups_of
 from reweight.rules import RULES, SECOND_MOMENTS, Group
+from reweight.shards import whole
 
 
 class PseudoUpdate(NamedTuple):
@@ -108,7 +109,7 @@ def _by_torch(
             for p, g, state in zip(parameters, gradients, states, strict=True)
         ]
         gradients = [_cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
-        zero = torch.stack([mask.sum() for mask in masks]).sum()
+        zero = torch.stack([whole(mask.sum()) for mask in masks]).sum()
     if type(optimizer) not in RULES or group.get("amsgrad"):
         return _by_stock_class(optimizer, group, parameters, gradients), zero
 

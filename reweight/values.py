@@ -116,6 +116,8 @@ class _Trace:
         base = self._base()
         if base is None or base._version != self._version or base.dtype != self._dtype:
             return None
+        if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of
+            return None
         return base.detach().as_strided(*self._place)
 
 

@@ -21,6 +21,7 @@ ORDER = [
     "losses",
     "budget",
     "batches",
+    "shards",
     "forwards",
     "values",
     "duals",

@@ -1,0 +1,128 @@
+"""Models sharded by FSDP2 (``fully_shard``): other parameters in place, and their tangents.
+
+Between passes a parameter is a DTensor, of which this rank holds a shard; the hooks of
+``fully_shard`` gather it when its module runs and let go of it afterwards. So other parameters are
+put in place as shards, and the gathered parameters get their tangents while they are there.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part."""
+    loaded = sys.modules.get("torch.distributed.tensor")  # slow to import, for nothing mostly
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, or a plain one as it is."""
+    result: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return result
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of them by name, as the optimizer holds them: what was gathered is let go of."""
+    for module in _sharded_modules(model):
+        module.reshard()
+    return dict(model.named_parameters())
+
+
+@contextmanager
+def shards_at(
+    model: nn.Module, parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Sharded parameters at these values by name, and with these tangents; bitwise back afterwards.
+
+    As with plain tensors, the forward makes a graph only for those that require a gradient.
+    """
+    ours = parameters_of(model)
+    shards = {name: _local(ours[name]) for name in parameters}
+    values = {name: _local(value) for name, value in parameters.items()}
+    before = {
+        name: shard.clone() for name, shard in shards.items() if not shard.is_set_to(values[name])
+    }
+    constants = {
+        id(ours[name]): tangents.get(name)
+        for name, value in parameters.items()
+        if not value.requires_grad
+    }
+    places = {
+        (module, name): constants[id(parameter)]
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in constants
+    }
+    with ExitStack() as stack:
+        for module in _sharded_modules(model):
+            stack.enter_context(_hooks(module, places))
+        try:
+            for name in before:
+                shards[name].copy_(values[name])
+            yield
+        finally:
+            parameters_of(model)
+            for name, value in before.items():
+                shards[name].copy_(value)
+
+
+@contextmanager
+def _hooks(module: Any, places: dict[tuple[nn.Module, str], Tensor | None]) -> Iterator[None]:
+    """Gathered parameters in these places are constants, or dual numbers, while the module runs."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    unseen = ExitStack()  # what FSDP does itself is no part of the model, for modes that look on
+
+    def before_gathering(*_: Any) -> None:
+        unseen.enter_context(torch._C.DisableTorchFunction())
+
+    def after_gathering(*_: Any) -> None:
+        for inner in module.modules():
+            for name, parameter in inner._parameters.items():
+                if type(parameter) is not nn.Parameter or (inner, name) not in places:
+                    continue
+                value, tangent = parameter.detach(), places[inner, name]
+                if tangent is not None:
+                    with torch.no_grad():
+                        direction = whole(tangent).to(value.dtype)
+                    value = forward_ad.make_dual(value, direction)
+                replaced.append((inner, name, parameter))
+                inner._parameters[name] = value
+        unseen.close()
+
+    def before_letting_go(*_: Any) -> None:
+        for inner, name, parameter in replaced:
+            inner._parameters[name] = parameter
+        replaced.clear()
+        before_gathering()
+
+    def after_letting_go(*_: Any) -> None:
+        unseen.close()
+
+    handles = [
+        module.register_forward_pre_hook(before_gathering, prepend=True),
+        module.register_forward_pre_hook(after_gathering),
+        module.register_forward_hook(before_letting_go, prepend=True, always_call=True),
+        module.register_forward_hook(after_letting_go, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        unseen.close()
+        for handle in handles:
+            handle.remove()
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.detach().to_local()
+    return local
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
