@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reweight.batches import Batch, num_samples, rows_of
+from reweight.distributed import num_ranks, sums_by_name
 from reweight.forwards import Beginning, ExitForward, Gradients, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
@@ -31,7 +32,9 @@ class FirstForward(NamedTuple):
         parameters: all of the model, by name.
         moved: the parameters that the look-ahead moves, by name.
         accumulated: the gradients that those of L_tr are added to, by name.
-        scale: factor of L_tr.
+        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
+            in mean_i, times the scale of the call.
+        keep_graph: whether the graph of the losses is wanted once more.
         gradients: what came of that, where the backward has been run already, by name.
     """
 
@@ -42,13 +45,21 @@ class FirstForward(NamedTuple):
     parameters: Parameters
     moved: Parameters
     accumulated: Parameters
-    scale: float = 1.0
+    sample_shares: Tensor
+    keep_graph: bool
     gradients: Parameters | None = None
 
 
-def gradients_of(parameters: Parameters) -> Parameters:
-    """What ``.grad`` holds, by name."""
-    return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
+    """What ``.grad`` holds, by name, never sparse; averaged over the ranks if asked."""
+    gradients = {n: _dense(p.grad.detach()) for n, p in parameters.items() if p.grad is not None}
+    if not average:
+        return gradients
+    return sums_by_name({n: g / num_ranks() for n, g in gradients.items()}, parameters)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,8 @@ class MetaProblem:
         parameters: θ, the parameters that the optimizer moves (or some of them), by name.
         losses: l[i,k] at θ, shape [B, K], with its graph.
         values: what the products of that forward came to.
-        keep_graph: whether the graph of the losses is wanted once more.
-        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
-            in mean_i, times the scale of the call.
+        keep_graph: as in :class:`FirstForward`.
+        sample_shares: as in :class:`FirstForward`.
         weights: w[i,k], shape [B, K], without a graph.
         accumulated: the gradients that those of L_tr are added to, by name.
         gradients: what came of that, if it is known already.
@@ -92,12 +102,9 @@ class MetaProblem:
     precision: float
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
-        """What ``.grad`` will hold with these weights, or holds already."""
+        """What ``.grad`` will hold on every rank with these weights, or holds already."""
         if self.gradients is not None:
-            return {
-                name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
-                for name, gradient in self.gradients.items()
-            }
+            return {name: self.unscaled(gradient) for name, gradient in self.gradients.items()}
         gradients = self.gradients_at(
             self.parameters,
             self.losses,
@@ -113,29 +120,32 @@ class MetaProblem:
             )
         for name, gradient in self.accumulated.items():
             gradient = self.unscaled(gradient)
+            if not is_sharded(gradient):
+                gradient = gradient / num_ranks()  # to be averaged, as they are added up
             reached[name] = reached[name] + gradient if name in reached else gradient
-        return reached
+        return sums_by_name(reached, self.parameters)
 
     def gradients_at(
         self, parameters: Parameters, outputs: Tensor, cotangents: Tensor, **options: bool
     ) -> dict[str, Tensor | None]:
         """∂outputs/∂parameters, where these are in place, by name; None if nothing depends on one.
 
-        Gradients of shards are reduced by the backward of FSDP into ``.grad``, so they go by there.
+        Those of this rank; for shards the sum over all, which FSDP's backward brings to ``.grad``.
         """
         if not any(map(is_sharded, parameters.values())):
             found = torch.autograd.grad(
                 outputs, list(parameters.values()), cotangents, allow_unused=True, **options
             )
             return {
-                n: g.to_dense() if g is not None and g.is_sparse else g
-                for n, g in zip(parameters, found, strict=True)
+                name: None if gradient is None else _dense(gradient)
+                for name, gradient in zip(parameters, found, strict=True)
             }
         leaves = {n: self.parameters[n] if is_sharded(p) else p for n, p in parameters.items()}
         before = Gradients(self.everything.values())
         before.clear()
         try:
-            outputs.backward(cotangents, retain_graph=options.get("retain_graph", False))
+            # Times the ranks, for that is a mean.
+            outputs.backward(num_ranks() * cotangents, retain_graph=options.get("retain_graph"))
             return {name: leaf.grad for name, leaf in leaves.items()}
         finally:
             before.restore()
@@ -156,7 +166,6 @@ def meta_problem(
     objective: Objective,
     first: FirstForward,
     rows: Tensor | None,
-    keep_graph: bool,
     meta: Batch,
     weights: Tensor,
     update: Callable[[Parameters], PseudoUpdate],
@@ -206,8 +215,8 @@ def meta_problem(
         everything=first.parameters,
         losses=losses,
         values=first.values,
-        keep_graph=keep_graph,
-        sample_shares=first.scale * first.losses.sample_shares(),
+        keep_graph=first.keep_graph,
+        sample_shares=first.sample_shares,
         weights=weights.detach(),
         accumulated=first.accumulated,
         gradients=first.gradients,

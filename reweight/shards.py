@@ -27,9 +27,39 @@ def whole(tensor: Tensor) -> Tensor:
     return result
 
 
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Those on which ``fully_shard`` was called."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
+
+
+def begin_anew(model: nn.Module) -> None:
+    """After a pass that failed: what FSDP keeps of it, gathered parameters first, is let go of."""
+    modules = sharded_modules(model)
+    inner = {each for module in modules for each in module.modules() if each is not module}
+    for module in modules:
+        if module not in inner and hasattr(module, "reset_iter_state"):  # not in 2.6
+            module.reset_iter_state()
+
+
+def require_reduced(model: nn.Module) -> None:
+    """Raise ValueError if a backward would not leave all gradients, of all ranks, in ``.grad``."""
+    for module in sharded_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            waiting = any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+            if waiting or not group.reduce_grads:
+                raise ValueError(
+                    "`model` must reduce its gradients in every backward that the reweighter "
+                    "learns in. Leave set_requires_gradient_sync(False) away: gradients are "
+                    "accumulated as shards then."
+                )
+
+
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """All of them by name, as the optimizer holds them: what was gathered is let go of."""
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.reshard()
     return dict(model.named_parameters())
 
@@ -60,7 +90,7 @@ def shards_at(
         if id(parameter) in constants
     }
     with ExitStack() as stack:
-        for module in _sharded_modules(model):
+        for module in sharded_modules(model):
             stack.enter_context(_hooks(module, places))
         try:
             for name in before:
@@ -121,8 +151,3 @@ def _hooks(module: Any, places: dict[tuple[nn.Module, str], Tensor | None]) -> I
 def _local(tensor: Any) -> Tensor:
     local: Tensor = tensor.detach().to_local()
     return local
-
-
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
