@@ -35,6 +35,9 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 def begin_anew(model: nn.Module) -> None:
     """After a pass that failed: what FSDP keeps of it, gathered parameters first, is let go of."""
+    for parameter in _state_of_parameters(model):
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param.grad = None
     modules = sharded_modules(model)
     inner = {each for module in modules for each in module.modules() if each is not module}
     for module in modules:
@@ -44,17 +47,29 @@ def begin_anew(model: nn.Module) -> None:
 
 def require_reduced(model: nn.Module) -> None:
     """Raise ValueError if a backward would not leave all gradients, of all ranks, in ``.grad``."""
+    reduced = all(group.reduce_grads for group in _groups(model))
+    for parameter in _state_of_parameters(model):
+        gathered = getattr(parameter, "_unsharded_param", None)
+        waits = gathered is not None and gathered.grad is not None
+        reduced = reduced and not waits and parameter.unsharded_accumulated_grad is None
+    if not reduced:
+        raise ValueError(
+            "`model` must reduce its gradients in every backward around an update of the "
+            "reweighter. Leave set_requires_gradient_sync(False) away: gradients are then "
+            "accumulated as shards."
+        )
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """What FSDP knows of the parameters that it gathers together; it has no public name."""
     for module in sharded_modules(model):
         state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in filter(None, groups):
-            waiting = any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
-            if waiting or not group.reduce_grads:
-                raise ValueError(
-                    "`model` must reduce its gradients in every backward that the reweighter "
-                    "learns in. Leave set_requires_gradient_sync(False) away: gradients are "
-                    "accumulated as shards then."
-                )
+        found = getattr(state, "_fsdp_param_groups", None)  # not in 2.6
+        yield from found if found is not None else filter(None, [state._fsdp_param_group])
+
+
+def _state_of_parameters(model: nn.Module) -> list[Any]:
+    return [parameter for group in _groups(model) for parameter in group.fsdp_params]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

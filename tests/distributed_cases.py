@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,14 +244,9 @@ CASES = {
 }
 
 
-def run(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    cases: dict[str, Case] = CASES,
-    wrap: Callable[[nn.Module, Case], nn.Module] = data_parallel,
-) -> None:
-    """All cases on one rank; what came of them, or the error that ended it, goes to a file."""
+@contextlib.contextmanager
+def process_group(rank: int, num_ranks: int, folder: str) -> Iterator[None]:
+    """Ranks that meet in this folder."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -260,11 +255,19 @@ def run(
         world_size=num_ranks,
         timeout=datetime.timedelta(seconds=60),
     )
-    results: dict[str, Any] = {}
     try:
-        for name, case in cases.items():
-            results[name] = train(case, rank, num_ranks, wrap)
-    except BaseException:
-        results[name] = traceback.format_exc()
-    torch.save(results, Path(folder, f"{num_ranks}-{rank}.pt"))
-    dist.destroy_process_group()
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run(rank: int, num_ranks: int, folder: str) -> None:
+    """All cases on one rank; what came of them, or the error that ended it, goes to a file."""
+    results: dict[str, Any] = {}
+    with process_group(rank, num_ranks, folder):
+        try:
+            for name, case in CASES.items():
+                results[name] = train(case, rank, num_ranks)
+        except BaseException:
+            results[name] = traceback.format_exc()
+        torch.save(results, Path(folder, f"{num_ranks}-{rank}.pt"))
