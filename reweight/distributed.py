@@ -144,7 +144,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
         if not by_fsdp or len(meshes) > 1 or not copied or not covers:
             raise TypeError(
                 "`model` must have parameters that are whole, or sharded by fully_shard over one "
-                f"mesh and by nothing else, got {name} as a DTensor over {mesh}. {_REMEDY}"
+                f"mesh, got {name} spread over several ranks in another way. {_REMEDY}"
             )
         group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
     return inner, group

@@ -35,7 +35,7 @@ from reweight.optimizers import (
 )
 from reweight.problem import FirstForward, gradients_of, meta_problem
 from reweight.result import StepResult, Update
-from reweight.reweighter import SampleReweighter, check_choice
+from reweight.reweighter import SampleReweighter, check_choice, check_positive
 from reweight.shards import begin_anew, parameters_of, require_reduced, sharded_modules
 from reweight.updates import pseudo_update
 from reweight.values import Values
@@ -52,10 +52,10 @@ class MetaReweightStep:
 
     Args:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
-            ``DistributedDataParallel`` the step is that of the batches of all ranks joined.
-        optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
-            parameters; groups, learning rates and state are read at every step and never changed.
-            A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
+            ``DistributedDataParallel`` the batch is that of all ranks joined.
+        optimizer: one, or a list of several, of torch.optim or torchopt; groups, learning rates and
+            state are read at every step and never changed. A bare gradient transformation of
+            torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
         reweighter_optimizer: moves the reweighter. Default, as published: Adam with weight decay
             1e-4 and learning rate 1e-4, or 1e-3 for the sigmoid form.
@@ -63,17 +63,16 @@ class MetaReweightStep:
         interval: update the reweighter at every interval-th call of ``backward``, beginning with
             the first. Default 1 (the publication uses 1 for CIFAR, 100 for ImageNet).
         estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
-            forwards), "unrolled" (exact, double backward; slower and larger, for reference), or
-            "auto" (default): forward, until an operation of the model has no forward mode, and
-            finite differences from then on; the log says which operation it was.
+            forwards), "unrolled" (exact, double backward; slower and larger), or "auto" (default):
+            forward, until an operation of the model has no forward mode, and finite differences
+            from then on; the log says which operation it was.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
             own step cannot be differentiated.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
-        clip_grad_norm: the norm to which you clip the gradient of the optimizer's parameters before
-            ``optimizer.step()``, so that the pseudo update does so too. Calling the step clips by
-            itself. Default: no clipping.
+        clip_grad_norm: the norm to which you clip the optimizer's gradient before its step, so that
+            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
         clip_hypergradient: the largest norm of ∂L_meta/∂w that reaches the reweighter; larger ones
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
@@ -88,10 +87,9 @@ class MetaReweightStep:
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step cannot be differentiated, or the model is spread over
-            processes otherwise than by ``DistributedDataParallel``.
-        ValueError: an argument is out of range, the optimizer holds none of the parameters, or the
-            ranks differ in reweighter, its optimizer, or options.
+        TypeError: the optimizer's step cannot be differentiated, or the model is sharded.
+        ValueError: an argument is out of range or not the same on every rank, or the optimizer
+            holds none of the parameters.
 
     Example:
         >>> model = nn.Linear(4, 3)  # a single exit; with more, return the logits of each
@@ -128,8 +126,7 @@ class MetaReweightStep:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("pseudo_update", pseudo_update, ("exact", "gradient_descent"))
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ValueError(f"`clip_grad_norm` must be positive, got {clip_grad_norm}.")
+        check_positive("clip_grad_norm", clip_grad_norm)
         if not 0 < train_fraction <= 1:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {train_fraction}.")
         if estimator == "unrolled" and (lagged or train_fraction < 1):
@@ -148,11 +145,6 @@ class MetaReweightStep:
         self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
         self.lagged, self.train_fraction, self.moves = lagged, train_fraction, moves
         self._forward = ExitForward(model, self._inner, exits, loss)
-        if not self._held_parameters():
-            raise ValueError(
-                "`optimizer` must hold parameters of `model`, got one that holds none of them. "
-                "Create it from model.parameters(), after moving the model to its device."
-            )
         if not self._moved_parameters():
             raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
@@ -174,7 +166,8 @@ class MetaReweightStep:
             gradients.restore()
             raise
         if self.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._held_parameters().values(), self.clip_grad_norm)
+            held = held_parameters(self._inner, self.optimizers)
+            nn.utils.clip_grad_norm_(held.values(), self.clip_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         return result
@@ -205,28 +198,27 @@ class MetaReweightStep:
         gradients = Gradients(parameters.values(), copy=lagged)
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
-        lean = self.lean or unsettled
+        keep = not (self.lean or unsettled)
         forward = partial(self._forward, *train, beginning=beginning)
         try:
             with self._attention(), joined(self._group):
-                within = values if due else None
-                losses = require_graph(forward(within=within, wrapped=not unsettled))
+                noting = values if due else None
+                losses = require_graph(forward(within=noting, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
                 first = FirstForward(
-                    train, beginning, losses, values, parameters, moved, grads, shares, not lean
+                    train, beginning, losses, values, parameters, moved, grads, shares, keep
                 )
                 if due and not lagged:
                     update = self._update(first, meta)
-                    if lean:  # once more from the beginning: the same losses, a new graph
+                    if not keep:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
                         losses = forward()
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
                 coefficients = self._scaled(num_ranks() * shares * weights)
-                keep = lagged and not lean  # for the values, not for another backward
-                losses.losses.backward(coefficients, retain_graph=keep)
-                if lagged:
+                losses.losses.backward(coefficients, retain_graph=lagged and keep)
+                if lagged:  # the graph was kept for its values, not for another backward
                     grads = gradients_of(moved, average=not averages(self.model))
                     update = self._update(first._replace(gradients=grads), meta)
         except BaseException:
@@ -247,10 +239,7 @@ class MetaReweightStep:
         of :meth:`backward`.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        if not self._learner.is_trainable:
-            raise ValueError(
-                "`reweighter` must have a trainable parameter to be updated, got none."
-            )
+        self._learner.require_trainable()
         parameters, moved = parameters_of(self._inner), self._moved_parameters()
         beginning, values, keep = Beginning(self._inner), Values(), not self.lean
 
@@ -313,9 +302,6 @@ class MetaReweightStep:
     def num_skipped(self) -> Tensor:
         """How many updates of the reweighter were left out for a value that was not finite."""
         return self._learner.num_skipped
-
-    def _held_parameters(self) -> Parameters:
-        return held_parameters(self._inner, self.optimizers)
 
     def _moved_parameters(self) -> Parameters:
         return held_parameters(self._inner, self.optimizers, self.moves)

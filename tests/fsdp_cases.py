@@ -1,7 +1,9 @@
 """What the ranks of test_fsdp.py run."""
 
+import contextlib
+import datetime
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,6 @@ from distributed_cases import (
     Case,
     adamw,
     make_joined_batch,
-    process_group,
     shard,
     train,
 )
@@ -32,7 +33,7 @@ from reweight import MetaReweightStep, SampleReweighter
 from reweight.shards import parameters_of, whole
 
 
-def blocks_and_rest(model: nn.Module, _: Any = None, **options: Any) -> nn.Module:
+def blocks_and_rest(model: nn.Module, **options: Any) -> nn.Module:
     """Every block is gathered by itself, the exits with the root."""
     for block in getattr(model, "blocks", []):
         fully_shard(block, **options)
@@ -116,12 +117,26 @@ CASES |= {
 CASES |= {f"wrap: {name}": Case(optimizer=adamw) for name in WRAPS}
 
 
-def wrap(name: str) -> Callable[[nn.Module, Case], nn.Module]:
-    """How the model of this case is sharded."""
-    if name == "model: tied":  # over all blocks, so they are gathered together
-        return lambda model, case: fully_shard(model)
-    chosen = WRAPS.get(name.removeprefix("wrap: "), blocks_and_rest)
-    return lambda model, case: chosen(model)
+def wrap(name: str) -> Callable[[nn.Module], nn.Module]:
+    """How the model of this case is sharded; one whose blocks share a parameter as a whole."""
+    return fully_shard if name == "model: tied" else WRAPS.get(name[6:], blocks_and_rest)
+
+
+@contextlib.contextmanager
+def process_group(rank: int, num_ranks: int, folder: str) -> Iterator[None]:
+    """Ranks that meet in this folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{num_ranks}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Fails(nn.Module):
@@ -259,7 +274,8 @@ def run(rank: int, num_ranks: int, folder: str) -> None:
     """Everything on one rank; what came of it goes to a file."""
     with process_group(rank, num_ranks, folder):
         results = {
-            name: attempt(train, case, rank, num_ranks, wrap(name)) for name, case in CASES.items()
+            name: attempt(train, case, rank, num_ranks, None, wrap(name))
+            for name, case in CASES.items()
         }
         for failure in [("", 0, False), ("", 0, True), *FAILURES]:
             results[failure] = attempt(recovered, rank, num_ranks, *failure)

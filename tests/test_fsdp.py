@@ -5,8 +5,16 @@ import multiprocessing
 import pytest
 import torch
 
-from distributed_cases import process_group, train
-from fsdp_cases import CASES, FAILURES, KINDS, load_checkpoint, run, save_checkpoint
+from distributed_cases import train
+from fsdp_cases import (
+    CASES,
+    FAILURES,
+    KINDS,
+    load_checkpoint,
+    process_group,
+    run,
+    save_checkpoint,
+)
 
 NUM_RANKS = 2
 
