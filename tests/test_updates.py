@@ -215,7 +215,7 @@ ZERO_MOMENTS = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax
 def test_zero_gradient_and_moment_have_derivative_zero_and_are_counted(name, options) -> None:
     parameter = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = getattr(torch.optim, name)([parameter], lr=0.1, weight_decay=0.0, **options)
-    for gradient in ([1.0, 0.0, 0.5], [0.3, 0.0, 0.2]):
+    for gradient in [[1.0, 0.0, 0.5], [0.3, 0.0, 0.2]] * 3:  # RAdam divides from the sixth step on
         parameter.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
     gradient = torch.tensor([0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
