@@ -21,7 +21,7 @@ from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
 from reweight.optimizers import Parameters
-from reweight.problem import MetaProblem
+from reweight.problem import MetaProblem, leaves
 
 _logger = logging.getLogger("reweight")
 
@@ -98,21 +98,18 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     weights = problem.weights.detach().requires_grad_()
     update = problem.update(problem.train_gradients(weights, create_graph=True))
     meta_loss, (value,) = problem.meta_loss(
-        update.parameters, lambda meta_loss: _grad(meta_loss.value, [weights])
+        update.parameters, lambda meta_loss, _: _grad(meta_loss.value, [weights])
     )
     return Hypergradient(value, meta_loss, update.num_zero_moments)
 
 
 def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]:
     """V = (∂U/∂gradient)ᵀ c by name, and what it was computed from."""
-    # ∇θ L_tr becomes a leaf: what is differentiated below is the optimizer's arithmetic alone.
-    gradients = _leaves(problem.train_gradients(problem.weights))
-    update = problem.update(gradients)
-    updated = _leaves(update.parameters)
+    gradients, update = problem.look_ahead()
     moved = list(gradients)
     meta_loss, cotangents = problem.meta_loss(  # c
-        updated,
-        lambda meta_loss: _grad(
+        leaves(update.parameters),
+        lambda meta_loss, updated: _grad(
             meta_loss.value,
             [updated[name] for name in moved],
             problem.scaled(torch.ones_like(meta_loss.value)),
@@ -132,10 +129,6 @@ def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ..
         outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
     )
     return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
-
-
-def _leaves(tensors: Parameters) -> Parameters:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 ESTIMATORS = ("auto", "forward", "finite_difference", "unrolled")

@@ -16,7 +16,15 @@ from reweight.optimizers import Parameters
 from reweight.updates import PseudoUpdate
 from reweight.values import Values
 
-Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
+Judge: TypeAlias = Callable[[MetaLoss, Parameters], tuple[Tensor, ...]]
+"""Takes L_meta and the θ̂ that it was computed at, for as long as that is in place."""
+
+
+class LookAhead(NamedTuple):
+    """The step that is judged, of gradients that are leaves: the optimizer's arithmetic alone."""
+
+    gradients: Parameters
+    update: PseudoUpdate
 
 
 class FirstForward(NamedTuple):
@@ -48,6 +56,11 @@ def gradients_of(parameters: Parameters) -> Parameters:
     return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
 
 
+def leaves(tensors: Parameters) -> Parameters:
+    """The same numbers, with nothing before them."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True)
 class MetaProblem:
     """One meta step, as functions of the parameters.
@@ -63,7 +76,7 @@ class MetaProblem:
         accumulated: the gradients that those of L_tr are added to, by name.
         gradients: what came of that, if it is known already.
         update: U, gradients → θ̂.
-        meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
+        meta_loss: (θ̂, f) → f(L_meta, θ̂), with θ̂ in place while f runs.
         replay: (some of θ, context) → l, the same forward once more, random state included,
             without a graph, of some of the rows; the model is called within the context.
         spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
@@ -116,6 +129,11 @@ class MetaProblem:
             reached[name] = reached[name] + gradient if name in reached else gradient
         return reached
 
+    def look_ahead(self) -> LookAhead:
+        """The step with these weights."""
+        gradients = leaves(self.train_gradients(self.weights))
+        return LookAhead(gradients, self.update(gradients))
+
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""
         return cotangent if self.grad_scale is None else cotangent * self.grad_scale
@@ -150,7 +168,7 @@ def meta_problem(
     def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
         def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
             value, shares = require_meta_loss(objective(losses))
-            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares))
+            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares), at)
 
         after.random_state.restore()
         return forward.at(at, after.buffers, *meta, then)

@@ -114,7 +114,7 @@ def _by_torch(
             _count(states[members[0]]),
         )
         slopes: Sequence[Tensor | float] = [slope] * len(members)
-        if isinstance(slope, Tensor) and slope.dim():
+        if isinstance(slope, Tensor) and slope.shape == values.shape:
             num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
             slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
         for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
@@ -127,11 +127,8 @@ def _moved(
     optimizer: optim.Optimizer, group: Group, p: Tensor, g: Tensor, moments: Moments, count: Count
 ) -> Step:
     """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
-    lr, decay, decoupled = (
-        group["lr"],
-        group.get("weight_decay", 0),
-        _is_decoupled(optimizer, group),
-    )
+    lr, decay = group["lr"], group.get("weight_decay", 0)
+    decoupled = _is_decoupled(optimizer, group)
     d = _descent(group, p, g, 0 if decoupled else decay)
     start = p * (1 - lr * decay) if decoupled and decay else p
     step, slope = RULES[type(optimizer)](group, moments, count, d)

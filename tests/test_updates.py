@@ -228,6 +228,20 @@ def test_zero_gradient_and_moment_have_derivative_zero_and_are_counted(name, opt
     assert derivative[2] != 0
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (100, 100)])
+@pytest.mark.parametrize("rule", ["adam", "adamw_tensor_lr", "sgd_tensor_lr", "rmsprop"])
+def test_no_slope_in_any_shape_makes_nan(rule: str, shape: tuple[int, ...]) -> None:
+    """Small parameters go through a rule together, large ones alone; here nothing has moved yet."""
+    model = nn.Module()
+    model.only = nn.Parameter(torch.zeros(shape))
+    optimizer = UPDATE_RULES[rule](model)
+    gradient = torch.zeros(shape, requires_grad=True)
+    update = pseudo_update([optimizer], {"only": model.only}, {"only": gradient})
+    (derivative,) = torch.autograd.grad(update.parameters["only"].sum(), gradient)
+    assert derivative.isfinite().all()
+    assert update.num_zero_moments == (0 if rule.startswith("sgd") else gradient.numel())
+
+
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
 def test_clipping_is_that_of_pytorch(max_norm: float) -> None:
     gradients = {"a": torch.randn(3, 2).double(), "b": torch.randn(4).double()}
