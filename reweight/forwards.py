@@ -25,25 +25,55 @@ class ExitForward:
     Args:
         model: called with the inputs: a tensor as one argument, a tuple or list as several, a dict
             as named ones.
+        inner: the module that the model wraps for distributed training, or the model itself.
         exits: takes the logits out of what the model returns; None if that is the logits.
         loss: (logits, target) → :class:`ExitLosses`, or the losses alone, [B, K].
     """
 
     def __init__(
-        self, model: nn.Module, exits: Callable[[Any], Any] | None, loss: LossFunction
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        exits: Callable[[Any], Any] | None,
+        loss: LossFunction,
     ) -> None:
-        self._model, self._exits, self._loss = model, exits, loss
-        self._holder = _Holder(model)
+        self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
+        self._holder = _Holder(inner)
 
     def __call__(
-        self, inputs: Any, target: Any, *, within: AbstractContextManager[Any] | None = None
+        self,
+        inputs: Any,
+        target: Any,
+        *,
+        beginning: "Beginning",
+        within: AbstractContextManager[Any] | None = None,
+        wrapped: bool = True,
     ) -> ExitLosses:
         """The user's own forward: buffers move as they do in any training step.
 
         Uncompiled, since compiled graphs can be run backward only once.
+
+        Args:
+            inputs: of the batch.
+            target: of the batch.
+            beginning: told the buffers that the inner module begins with, for its wrapper may first
+                have given all ranks those of rank 0.
+            within: entered around the model.
+            wrapped: False calls the inner module alone.
         """
-        with within or nullcontext(), _uncompiled():
-            outputs = call(self._model, inputs)
+
+        def look(*_: Any) -> None:
+            beginning.buffers = {n: b.clone() for n, b in self._inner.named_buffers()}
+
+        model, hook = self._inner, None
+        if wrapped and self._model is not self._inner:
+            model, hook = self._model, self._inner.register_forward_pre_hook(look, prepend=True)
+        try:
+            with within or nullcontext(), _uncompiled():
+                outputs = call(model, inputs)
+        finally:
+            if hook is not None:
+                hook.remove()
         return self._losses(outputs, target)
 
     def at(
@@ -65,7 +95,7 @@ class ExitForward:
 
         def run() -> T:
             with within or nullcontext(), _uncompiled():
-                outputs = call(self._model, inputs)
+                outputs = call(self._inner, inputs)
             return then(self._losses(outputs, target))
 
         if getattr(parametrize, "_cache_enabled", 0):

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from reweight.distributed import sums_over_ranks
 from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
@@ -30,7 +31,7 @@ class Hypergradient(NamedTuple):
     """∂L_meta/∂w and what came with it, all without a graph.
 
     Attributes:
-        value: shape [B, K].
+        value: shape [B, K], that of this rank's samples.
         meta_loss: L_meta at θ̂ and the shares it rests on.
         num_zero_moments: entries of the update with no derivative, taken as 0.
     """
@@ -118,7 +119,7 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
     tangents = _grad(
         [update.parameters[name] for name in moved],
         list(gradients.values()),
-        [problem.unscaled(cotangent) for cotangent in cotangents],
+        sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
     )
     return dict(zip(moved, tangents, strict=True)), meta_loss, update.num_zero_moments
 

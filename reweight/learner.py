@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from reweight.distributed import gather, require_same, sums_by_name
 from reweight.hypergradient import Hypergradient
 from reweight.losses import ExitLosses
 from reweight.optimizers import AnyOptimizer, is_cold
+from reweight.problem import gradients_of
 from reweight.result import Update
 
 
@@ -61,10 +63,14 @@ class ReweighterLearner:
         assert self.optimizer is not None
         value = hypergradient.value
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        nonfinite = torch.stack([~each.isfinite().all() for each in values])
+        bad = [~each.isfinite().all() for each in values]
+        # From every rank, so that all clip alike, and all skip or none does.
+        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm()]))
+        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
+        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
         ok = ~nonfinite.any()
         if self.clip_hypergradient is not None:
-            value = value * (self.clip_hypergradient / value.norm()).clamp(max=1)
+            value = value * (self.clip_hypergradient / norm).clamp(max=1)
         before, num_skipped = _Snapshot(self.optimizer), self.num_skipped
 
         def undo() -> None:
@@ -76,10 +82,25 @@ class ReweighterLearner:
         # to take it; from then on a step that is not to be is taken back where it happens.
         if weights.requires_grad and (self._has_stepped or bool(ok)):
             weights.backward(value)
+            own = {str(i): parameter for i, parameter in enumerate(before.parameters)}
+            for name, gradient in sums_by_name(gradients_of(own), own).items():
+                own[name].grad = gradient
             step_where(self.optimizer, ok, before)
             self._has_stepped = True
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
-        return Update(hypergradient, nonfinite, undo)
+        return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, undo)
+
+    def require_same(self, options: object, device: torch.device) -> None:
+        """Raise ValueError on every rank unless all begin alike, with these options of the step."""
+        require_same(
+            {
+                "the options of the step": options,
+                "`reweighter`": repr(self.reweighter),
+                "the state of `reweighter`": self.reweighter.state_dict(),
+                "`reweighter_optimizer`": repr(self.optimizer),
+            },
+            device,
+        )
 
     def warn_if_cold(self, optimizers: Sequence[AnyOptimizer]) -> None:
         """Any Adam is cold at its first step; it is a mistake only if it stays so."""

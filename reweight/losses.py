@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reweight.distributed import sum_over_ranks
 from reweight.kernels import composite
 from reweight.kernels.dispatch import choose, choose_linear, is_traced
 from reweight.kernels.function import fused
@@ -40,18 +41,21 @@ class ExitLosses(NamedTuple):
     def sample_shares(self) -> Tensor:
         """The share of each sample in ``mean_i``: 1/B, or 0 where a sample does not count.
 
+        Within a distributed step B counts the samples of all ranks.
+
         Returns:
             Shape [B, 1], the dtype of the losses. All zero if no sample counts.
         """
         if self.valid is None:
-            num_samples = len(self.losses)
-            return self.losses.new_full((num_samples, 1), 1 / num_samples)
-        valid = self.valid.to(self.losses.dtype).unsqueeze(1)
-        return valid / valid.sum().clamp(min=1)
+            valid = self.losses.new_ones(len(self.losses), 1)
+        else:
+            valid = self.valid.to(self.losses.dtype).unsqueeze(1)
+        return valid / sum_over_ranks(valid.sum()).clamp(min=1)
 
     def mean_over_samples(self, values: Tensor) -> Tensor:
         """The mean of each column of values [B, K] over the samples that count, shape [K].
 
+        Within a distributed step this rank's part of it; the parts of all ranks add up to the mean.
         What stands in the other rows does not matter, not even if it is infinite.
         """
         if self.valid is not None:

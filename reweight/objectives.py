@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reweight.budget import allot, exit_shares
+from reweight.distributed import gather_rows, sum_over_ranks
 from reweight.losses import ExitLosses
 
 
@@ -14,8 +15,10 @@ class MetaLoss(NamedTuple):
     """The meta loss and the samples it rests on.
 
     Attributes:
-        value: L_meta, a scalar with a graph.
-        shares: share of the meta samples that each exit was judged on, shape [K], without a graph.
+        value: L_meta, a scalar with a graph; within a distributed step this rank's part, and the
+            parts of all ranks add up to it.
+        shares: share of the meta samples, of all ranks, that each exit was judged on, shape [K],
+            without a graph.
     """
 
     value: Tensor
@@ -63,6 +66,8 @@ class BudgetedObjective:
 
     Args:
         power: p > 0 of the shares. Default 0.75, as published for CIFAR; 1 makes them equal.
+        per_rank: let each rank of a distributed step allot its own meta samples, instead of all of
+            them together; S_k is what the ranks have allotted to exit k. Default False.
 
     Raises:
         ValueError: the power is out of range.
@@ -75,6 +80,7 @@ class BudgetedObjective:
     """
 
     power: float = 0.75
+    per_rank: bool = False
 
     def __post_init__(self) -> None:
         exit_shares(1, self.power)
@@ -86,8 +92,14 @@ class BudgetedObjective:
                 "`loss` must return ExitLosses with confidences for BudgetedObjective, which "
                 "allots samples by them; got losses only. Return them, or use MeanObjective()."
             )
-        members = allot(meta.confidence, exit_shares(meta.losses.shape[1], self.power), meta.valid)
-        counts = members.sum(0).to(meta.losses.dtype)
+        confidence, valid, own = meta.confidence, meta.valid, slice(None)
+        if not self.per_rank:
+            if valid is None:
+                valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
+            rows, own = gather_rows(torch.cat([confidence, valid.unsqueeze(1)], 1))
+            confidence, valid = rows[:, :-1], rows[:, -1] > 0
+        members = allot(confidence, exit_shares(meta.losses.shape[1], self.power), valid)[own]
+        counts = sum_over_ranks(members.sum(0).to(meta.losses.dtype))
         sums = torch.where(members, meta.losses, 0).sum(0)
         value = (sums / counts.clamp(min=1)).sum()
         return MetaLoss(value, counts / counts.sum().clamp(min=1))

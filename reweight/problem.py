@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reweight.batches import Batch, num_samples, rows_of
+from reweight.distributed import num_ranks, sums_by_name
 from reweight.forwards import Beginning, ExitForward, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
@@ -37,7 +38,9 @@ class FirstForward(NamedTuple):
         values: what its products came to.
         moved: the parameters that the look-ahead moves, by name.
         accumulated: the gradients that those of L_tr are added to, by name.
-        scale: factor of L_tr.
+        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
+            in mean_i, times the scale of the call.
+        keep_graph: whether the graph of the losses is wanted once more.
         gradients: what came of that, where the backward has been run already, by name.
     """
 
@@ -47,13 +50,21 @@ class FirstForward(NamedTuple):
     values: Values
     moved: Parameters
     accumulated: Parameters
-    scale: float = 1.0
+    sample_shares: Tensor
+    keep_graph: bool
     gradients: Parameters | None = None
 
 
-def gradients_of(parameters: Parameters) -> Parameters:
-    """What ``.grad`` holds, by name."""
-    return {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
+    """What ``.grad`` holds, by name, never sparse; averaged over the ranks if asked."""
+    gradients = {n: _dense(p.grad.detach()) for n, p in parameters.items() if p.grad is not None}
+    if not average:
+        return gradients
+    return sums_by_name({n: g / num_ranks() for n, g in gradients.items()}, parameters)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def leaves(tensors: Parameters) -> Parameters:
@@ -69,9 +80,8 @@ class MetaProblem:
         parameters: θ, the parameters that the optimizer moves (or some of them), by name.
         losses: l[i,k] at θ, shape [B, K], with its graph.
         values: what the products of that forward came to.
-        keep_graph: whether the graph of the losses is wanted once more.
-        sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
-            in mean_i, times the scale of the call.
+        keep_graph: as in :class:`FirstForward`.
+        sample_shares: as in :class:`FirstForward`.
         weights: w[i,k], shape [B, K], without a graph.
         accumulated: the gradients that those of L_tr are added to, by name.
         gradients: what came of that, if it is known already.
@@ -100,12 +110,9 @@ class MetaProblem:
     precision: float
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
-        """What ``.grad`` will hold with these weights, or holds already."""
+        """What ``.grad`` will hold on every rank with these weights, or holds already."""
         if self.gradients is not None:
-            return {
-                name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
-                for name, gradient in self.gradients.items()
-            }
+            return {name: self.unscaled(gradient) for name, gradient in self.gradients.items()}
         gradients = torch.autograd.grad(
             self.losses,
             list(self.parameters.values()),
@@ -115,7 +122,7 @@ class MetaProblem:
             allow_unused=True,
         )
         reached = {
-            name: self.unscaled(gradient.to_dense() if gradient.is_sparse else gradient)
+            name: self.unscaled(_dense(gradient))
             for name, gradient in zip(self.parameters, gradients, strict=True)
             if gradient is not None
         }
@@ -125,9 +132,9 @@ class MetaProblem:
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
         for name, gradient in self.accumulated.items():
-            gradient = self.unscaled(gradient)
+            gradient = self.unscaled(gradient) / num_ranks()  # to be averaged, as they are added up
             reached[name] = reached[name] + gradient if name in reached else gradient
-        return reached
+        return sums_by_name(reached, self.parameters)
 
     def look_ahead(self) -> LookAhead:
         """The step with these weights."""
@@ -150,7 +157,6 @@ def meta_problem(
     objective: Objective,
     first: FirstForward,
     rows: Tensor | None,
-    keep_graph: bool,
     meta: Batch,
     weights: Tensor,
     update: Callable[[Parameters], PseudoUpdate],
@@ -198,8 +204,8 @@ def meta_problem(
         parameters=first.moved,
         losses=losses,
         values=first.values,
-        keep_graph=keep_graph,
-        sample_shares=first.scale * first.losses.sample_shares(),
+        keep_graph=first.keep_graph,
+        sample_shares=first.sample_shares,
         weights=weights.detach(),
         accumulated=first.accumulated,
         gradients=first.gradients,

@@ -5,27 +5,34 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from reweight.hypergradient import Hypergradient
 from reweight.losses import ExitLosses
+from reweight.objectives import MetaLoss
 
 
 class Update(NamedTuple):
     """One update of the reweighter.
 
     Attributes:
-        hypergradient: what it was made with.
+        meta_loss: L_meta and the shares it rests on, of all ranks.
+        hypergradient_norm: Euclidean norm of ∂L_meta/∂w, of all ranks, scalar.
         nonfinite: whether train losses, meta loss and hypergradient held a value that is not
-            finite, shape [3], bool.
+            finite, on any rank, shape [3], bool.
+        num_zero_moments: entries of the pseudo update with no derivative, taken as 0.
         undo: puts the reweighter and its optimizer back.
     """
 
-    hypergradient: Hypergradient
+    meta_loss: MetaLoss
+    hypergradient_norm: Tensor
     nonfinite: Tensor
+    num_zero_moments: Tensor | int
     undo: Callable[[], None]
 
 
 class StepResult(NamedTuple):
     """What a step did, as tensors without a graph; nothing is copied from the device until asked.
+
+    Of a distributed step, losses, weights and train loss are those of this rank's samples; the rest
+    is that of all ranks, and the same on each.
 
     Attributes:
         losses: l[i,k], and with them confidence, correctness and validity of every sample.
@@ -68,14 +75,13 @@ class StepResult(NamedTuple):
         train_loss = losses.mean_over_samples(weights * losses.losses).sum()
         if update is None:
             return cls(losses, weights, train_loss)
-        hypergradient, nonfinite = update.hypergradient, update.nonfinite
         return cls(
             losses,
             weights,
             train_loss,
-            hypergradient.meta_loss.value,
-            hypergradient.meta_loss.shares,
-            hypergradient.value.norm(),
-            nonfinite,
-            hypergradient.num_zero_moments,
+            update.meta_loss.value,
+            update.meta_loss.shares,
+            update.hypergradient_norm,
+            update.nonfinite,
+            update.num_zero_moments,
         )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reweight.distributed import gather, sum_over_ranks
 from reweight.losses import ExitLosses
 
 
@@ -91,7 +92,8 @@ class SampleReweighter(nn.Module):
 
         Returns:
             Shape [B, K], the dtype of the losses, differentiable in the parameters of this module.
-            Means over samples leave out those that are not valid.
+            Means over samples leave out those that are not valid. Within a distributed step they
+            are over the samples of all ranks; called by yourself, over those given.
 
         Raises:
             ValueError: another number of exits, or no confidences where the network wants them.
@@ -134,12 +136,14 @@ class SampleReweighter(nn.Module):
             values = values.masked_fill(~exit_losses.valid.unsqueeze(1), -torch.inf)
         dims = {"exits": (1,), "samples": (0,), "both": (0, 1)}[self.average_over]
         largest = values.amax(dims, keepdim=True)
+        if self.average_over != "exits":
+            largest = gather(largest).amax(0)
         return torch.where(largest.isfinite(), largest, 0)
 
     def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
         if self.average_over != "exits":
-            values = exit_losses.mean_over_samples(values).unsqueeze(0)
+            values = sum_over_ranks(exit_losses.mean_over_samples(values)).unsqueeze(0)
         if self.average_over != "samples":
             values = values.mean(1, keepdim=True)
         return values

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, drawn_rows, unpack
+from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
 from reweight.forwards import (
     Beginning,
     ExitForward,
@@ -49,7 +50,8 @@ class MetaReweightStep:
     bitwise what it would be without.
 
     Args:
-        model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms.
+        model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
+            ``DistributedDataParallel`` the step is that of the batches of all ranks joined.
         optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
             parameters; groups, learning rates and state are read at every step and never changed.
             A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
@@ -85,8 +87,10 @@ class MetaReweightStep:
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step cannot be differentiated.
-        ValueError: an argument is out of range, or the optimizer holds none of the parameters.
+        TypeError: the optimizer's step cannot be differentiated, or the model is spread over
+            processes otherwise than by ``DistributedDataParallel``.
+        ValueError: an argument is out of range, the optimizer holds none of the parameters, or the
+            ranks differ in reweighter, its optimizer, or options.
 
     Example:
         >>> model = nn.Linear(4, 3)  # a single exit; with more, return the logits of each
@@ -129,6 +133,7 @@ class MetaReweightStep:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {train_fraction}.")
         if estimator == "unrolled" and (lagged or train_fraction < 1):
             raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
+        self._inner, self._group = unwrap(model)
         self.model, self.reweighter = model, reweighter
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
         for one in self.optimizers:
@@ -139,7 +144,7 @@ class MetaReweightStep:
         self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
         self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
         self.lagged, self.train_fraction, self.moves = lagged, train_fraction, moves
-        self._forward = ExitForward(model, exits, loss)
+        self._forward = ExitForward(model, self._inner, exits, loss)
         if not self._held_parameters():
             raise ValueError(
                 "`optimizer` must hold parameters of `model`, got one that holds none of them. "
@@ -147,6 +152,9 @@ class MetaReweightStep:
             )
         if not self._moved_parameters():
             raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
+        options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
+        with joined(self._group):
+            self._learner.require_same(options, next(model.parameters()).device)
 
     def __call__(self, train: Batch, meta: Batch) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
@@ -186,28 +194,37 @@ class MetaReweightStep:
                 last backward fails while gradients are accumulated.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        beginning, values, update = Beginning(self.model), Values(), None
+        beginning, values, update = Beginning(self._inner), Values(), None
         due = self._learner.num_calls % self.interval == 0 and self._learner.is_trainable
         moved, lagged = self._moved_parameters() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
-        gradients = Gradients(self.model.parameters(), copy=lagged)
+        gradients = Gradients(self._inner.parameters(), copy=lagged)
+        # A static graph wants its first forward followed by its backward and by nothing else.
+        unsettled = due and not lagged and is_unsettled(self.model)
+        lean = self.lean or unsettled
+        forward = partial(self._forward, *train, beginning=beginning)
         try:
-            with self._attention():
-                losses = require_graph(self._forward(*train, within=values if due else None))
-                grads = gradients_of(moved)
-                first = FirstForward(train, beginning, losses, values, moved, grads, scale)
+            with self._attention(), joined(self._group):
+                within = values if due else None
+                losses = require_graph(forward(within=within, wrapped=not unsettled))
+                shares, grads = scale * losses.sample_shares(), gradients_of(moved)
+                first = FirstForward(
+                    train, beginning, losses, values, moved, grads, shares, keep_graph=not lean
+                )
                 if due and not lagged:
                     update = self._update(first, meta)
-                    if self.lean:  # once more from the beginning: the same losses, a new graph
+                    if lean:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
-                        losses = self._forward(*train)
+                        losses = forward()
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
-                coefficients = self._scaled(scale * losses.sample_shares() * weights)
-                keep = lagged and not self.lean  # for the values, not for another backward
+                # Times the ranks, whose gradients DistributedDataParallel averages.
+                coefficients = self._scaled(num_ranks() * shares * weights)
+                keep = lagged and not lean  # for the values, not for another backward
                 losses.losses.backward(coefficients, retain_graph=keep)
                 if lagged:
-                    update = self._update(first._replace(gradients=gradients_of(moved)), meta)
+                    grads = gradients_of(moved, average=not averages(self.model))
+                    update = self._update(first._replace(gradients=grads), meta)
         except BaseException:
             beginning.restore()
             gradients.restore()
@@ -229,20 +246,22 @@ class MetaReweightStep:
             raise ValueError(
                 "`reweighter` must have a trainable parameter to be updated, got none."
             )
-        beginning, values = Beginning(self.model), Values()
+        beginning, values = Beginning(self._inner), Values()
+        moved, keep = self._moved_parameters(), not self.lean
 
-        def learn(losses: ExitLosses) -> StepResult:
-            moved = self._moved_parameters()
-            first = FirstForward(train, beginning, require_graph(losses), values, moved, {})
+        def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:
+            shares = require_graph(losses).sample_shares()
+            first = FirstForward(train, beginning, losses, values, moved, {}, shares, keep)
             update = self._update(first, meta)
             with torch.no_grad():
-                return StepResult.of(losses, self._learner.weights(losses), update)
+                return losses, self._learner.weights(losses), update
 
         try:
-            with self._attention():
-                return self._forward.at({}, beginning.buffers, *train, learn, within=values)
+            with self._attention(), joined(self._group):
+                learnt = self._forward.at({}, beginning.buffers, *train, learn, within=values)
         finally:
             beginning.random_state.restore()
+        return StepResult.of(*learnt)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers, text and containers."""
@@ -256,15 +275,14 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        losses, after = first.losses, Beginning(self.model)
+        losses, after = first.losses, Beginning(self._inner)
         weights = self._learner.weights(losses)
         problem = meta_problem(
             forward=self._forward,
-            model=self.model,
+            model=self._inner,
             objective=self.objective,
             first=first,
             rows=drawn_rows(first.batch, self.train_fraction, seed=self._learner.num_calls),
-            keep_graph=not self.lean,
             meta=meta,
             weights=weights,
             update=partial(
@@ -286,10 +304,10 @@ class MetaReweightStep:
         return self._learner.num_skipped
 
     def _held_parameters(self) -> Parameters:
-        return held_parameters(self.model, self.optimizers)
+        return held_parameters(self._inner, self.optimizers)
 
     def _moved_parameters(self) -> Parameters:
-        return held_parameters(self.model, self.optimizers, self.moves)
+        return held_parameters(self._inner, self.optimizers, self.moves)
 
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scaler is None else self.scaler.scale(tensor)

@@ -18,6 +18,7 @@ ORDER = [
     "kernels.function",
     "kernels.linear",
     "kernels.dispatch",
+    "distributed",
     "losses",
     "budget",
     "batches",
