@@ -114,6 +114,7 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
             meta_loss.value,
             [updated[name] for name in moved],
             problem.scaled(torch.ones_like(meta_loss.value)),
+            retain_graph=problem.keep_meta_graph,
         ),
     )
     tangents = _grad(
@@ -124,10 +125,12 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
     return dict(zip(moved, tangents, strict=True)), meta_loss, update.num_zero_moments
 
 
-def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ...]:
+def _grad(
+    outputs: Any, inputs: Any, cotangents: Any = None, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
     """Gradients, 0 where nothing depends on an input, and never sparse."""
     gradients = torch.autograd.grad(
-        outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+        outputs, inputs, cotangents, retain_graph, allow_unused=True, materialize_grads=True
     )
     return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
 

@@ -42,6 +42,8 @@ class FirstForward(NamedTuple):
             in mean_i, times the scale of the call.
         keep_graph: whether the graph of the losses is wanted once more.
         gradients: what came of that, where the backward has been run already, by name.
+        before: what the optimizer's parameters were, where it has stepped since, by name.
+        ahead: and what that step depends on.
     """
 
     batch: Batch
@@ -53,6 +55,8 @@ class FirstForward(NamedTuple):
     sample_shares: Tensor
     keep_graph: bool
     gradients: Parameters | None = None
+    before: Parameters | None = None
+    ahead: LookAhead | None = None
 
 
 def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
@@ -85,8 +89,10 @@ class MetaProblem:
         weights: w[i,k], shape [B, K], without a graph.
         accumulated: the gradients that those of L_tr are added to, by name.
         gradients: what came of that, if it is known already.
+        ahead: the step that is judged, if it has been made already.
         update: U, gradients → θ̂.
         meta_loss: (θ̂, f) → f(L_meta, θ̂), with θ̂ in place while f runs.
+        keep_meta_graph: whether the graph of the meta losses is wanted once more.
         replay: (some of θ, context) → l, the same forward once more, random state included,
             without a graph, of some of the rows; the model is called within the context.
         spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
@@ -102,8 +108,10 @@ class MetaProblem:
     weights: Tensor
     accumulated: Parameters
     gradients: Parameters | None
+    ahead: LookAhead | None
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
+    keep_meta_graph: bool
     replay: Callable[[Parameters, AbstractContextManager[Any]], Tensor]
     spread: Callable[[Tensor], Tensor]
     grad_scale: Tensor | None
@@ -138,6 +146,8 @@ class MetaProblem:
 
     def look_ahead(self) -> LookAhead:
         """The step with these weights."""
+        if self.ahead is not None:
+            return self.ahead
         gradients = leaves(self.train_gradients(self.weights))
         return LookAhead(gradients, self.update(gradients))
 
@@ -157,14 +167,15 @@ def meta_problem(
     objective: Objective,
     first: FirstForward,
     rows: Tensor | None,
-    meta: Batch,
+    meta: Batch | ExitLosses,
     weights: Tensor,
     update: Callable[[Parameters], PseudoUpdate],
     grad_scale: Tensor | None,
 ) -> MetaProblem:
     """The meta step after that first forward; the state is now's.
 
-    Of its batch the estimator sees these rows, or all if they are None.
+    Of its batch the estimator sees these rows, or all if they are None. The meta batch may have
+    gone through the updated model already: then ``meta`` is its losses, with their graph.
     """
     after = Beginning(model)
     batch, losses = first.batch, first.losses.losses
@@ -176,6 +187,9 @@ def meta_problem(
             value, shares = require_meta_loss(objective(losses))
             return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares), at)
 
+        if isinstance(meta, ExitLosses):
+            at = {n: parameter for n, parameter in model.named_parameters() if n in at}
+            return then(meta)
         after.random_state.restore()
         return forward.at(at, after.buffers, *meta, then)
 
@@ -183,7 +197,7 @@ def meta_problem(
         first.beginning.random_state.restore()
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return forward.at(
-            {**detached, **at},
+            {**detached, **(first.before or {}), **at},
             first.beginning.buffers,
             *batch,
             lambda exits: exits.losses,
@@ -209,8 +223,10 @@ def meta_problem(
         weights=weights.detach(),
         accumulated=first.accumulated,
         gradients=first.gradients,
+        ahead=first.ahead,
         update=update,
         meta_loss=meta_loss,
+        keep_meta_graph=isinstance(meta, ExitLosses),
         replay=replay,
         spread=spread,
         grad_scale=grad_scale,

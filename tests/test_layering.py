@@ -33,6 +33,7 @@ ORDER = [
     "updates",
     "problem",
     "hypergradient",
+    "lookahead",
     "result",
     "learner",
     "step",
