@@ -12,8 +12,8 @@ from nets import NETS, OPTIMIZERS, Batch, Net
 from peers import PEERS, Build, Step
 from reweight import MetaReweightStep, SampleReweighter
 
-# Options of the step, and two of the benchmark's own: the share of the meta batch that is given (at 0
-# the next train batch serves), and moves="half", the later half of the parameters.
+# Options of the step, and two of the benchmark: the share of the meta batch that is given (at 0 the
+# next train batch serves), and moves="half", the later half of the parameters.
 MODES: dict[str, dict[str, object]] = {
     "forward": {"estimator": "forward"},
     "lean": {"estimator": "forward", "lean": True},
