@@ -51,15 +51,8 @@ class ExitForward:
     ) -> ExitLosses:
         """The user's own forward: buffers move as they do in any training step.
 
-        Uncompiled, since compiled graphs can be run backward only once.
-
-        Args:
-            inputs: of the batch.
-            target: of the batch.
-            beginning: told the buffers that the inner module begins with, for its wrapper may first
-                have given all ranks those of rank 0.
-            within: entered around the model.
-            wrapped: False calls the inner module alone.
+        Uncompiled, since compiled graphs can be run backward only once. A wrapper, which can be
+        left out, may first give all ranks the buffers of rank 0: the beginning is told.
         """
 
         def look(*_: Any) -> None:

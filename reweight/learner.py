@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from reweight.distributed import gather, require_same, sums_by_name
+from reweight.distributed import gather, require_same, sums_by_name, unwrap
 from reweight.hypergradient import Hypergradient
 from reweight.losses import ExitLosses
 from reweight.optimizers import AnyOptimizer, is_cold
 from reweight.problem import gradients_of
 from reweight.result import Update
+from reweight.reweighter import check_positive
 
 
 class ReweighterLearner:
@@ -25,6 +26,7 @@ class ReweighterLearner:
         clip_hypergradient: the largest norm of ∂L_meta/∂w that is passed on; None for any.
 
     Raises:
+        TypeError: the reweighter is wrapped for distributed training.
         ValueError: the optimizer holds something else, or the norm is not positive.
     """
 
@@ -34,8 +36,12 @@ class ReweighterLearner:
         optimizer: Optimizer | None,
         clip_hypergradient: float | None = None,
     ) -> None:
-        if clip_hypergradient is not None and not clip_hypergradient > 0:
-            raise ValueError(f"`clip_hypergradient` must be positive, got {clip_hypergradient}.")
+        check_positive("clip_hypergradient", clip_hypergradient)
+        if unwrap(reweighter)[0] is not reweighter:
+            raise TypeError(
+                "`reweighter` must be bare, got one in DistributedDataParallel. Pass the module "
+                "inside: the step adds up its gradient over the ranks."
+            )
         self.reweighter = reweighter
         self.optimizer = _optimizer_for(reweighter, optimizer)
         self.clip_hypergradient = clip_hypergradient
@@ -47,6 +53,11 @@ class ReweighterLearner:
     def is_trainable(self) -> bool:
         """Whether there is anything to learn; a frozen reweighter just weights."""
         return any(parameter.requires_grad for parameter in self.reweighter.parameters())
+
+    def require_trainable(self) -> None:
+        """Raise ValueError if there is nothing to learn."""
+        if not self.is_trainable:
+            raise ValueError("`reweighter` must have a trainable parameter to update, got none.")
 
     def weights(self, losses: ExitLosses) -> Tensor:
         """The weights w = g(l), shape [B, K]."""

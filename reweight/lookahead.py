@@ -20,7 +20,7 @@ from reweight.optimizers import (
     held_parameters,
 )
 from reweight.problem import FirstForward, MetaProblem, meta_problem
-from reweight.reweighter import check_choice
+from reweight.reweighter import check_choice, check_positive
 from reweight.updates import pseudo_update
 
 
@@ -42,17 +42,11 @@ class Lookahead:
     def __post_init__(self) -> None:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("pseudo_update", self.exactness, ("exact", "gradient_descent"))
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise ValueError(f"`clip_grad_norm` must be positive, got {self.clip_grad_norm}.")
+        check_positive("clip_grad_norm", self.clip_grad_norm)
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {self.train_fraction}.")
         for optimizer in self.optimizers:
             check_differentiable(optimizer, self.exactness)
-        if not self.held():
-            raise ValueError(
-                "`optimizer` must hold parameters of `model`, got one that holds none of them. "
-                "Create it from model.parameters(), after moving the model to its device."
-            )
         if not self.moved():
             raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
 

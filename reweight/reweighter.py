@@ -160,3 +160,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless the value of the argument is one of the choices."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError unless the value of the argument is positive, or None."""
+    if value is not None and not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")

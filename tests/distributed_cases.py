@@ -3,18 +3,23 @@
 import contextlib
 import datetime
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from cases import NUM_CLASSES, Batch, make_model
+from cases import NUM_CLASSES, Batch, make_batch, make_model
 from references import allot_slowly
 from reweight import (
     BudgetedObjective,
@@ -46,12 +51,12 @@ class Case:
     reweighter: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
+    wrap: Callable[[nn.Module], nn.Module] = lambda ddp: ddp
     num_exits: int = 3
     num_steps: int = 3
     num_parts: int = 1  # of a step's batch, accumulated
     no_sync: bool = True  # for all parts but the last
     set_to_none: bool = True
-    inputs: Callable[[Tensor], Tensor] = lambda x: x
     ignored: bool = False
     just_call: bool = False
     just_update: bool = False
@@ -73,15 +78,15 @@ def make_joined_batch(num_samples: int, seed: int, case: Case) -> Batch:
     if case.ignored:
         target[:4] = -100  # all of rank 0 of four, in train and in meta batches
         target[-3] = -100
-    return case.inputs(inputs), target
+    return inputs, target
 
 
-def train(case: Case, rank: int | None, num_ranks: int) -> dict[str, Tensor]:
+def train(case: Case, rank: int | None, num_ranks: int, group: Any = None) -> dict[str, Tensor]:
     """The training of one rank, or of one process alone; what came of it after every step."""
     torch.manual_seed(5)
     model = inner = case.model()
     if rank is not None:
-        model = DistributedDataParallel(inner, **case.ddp)
+        model = case.wrap(DistributedDataParallel(inner, process_group=group, **case.ddp))
     optimizer = case.optimizer(model.parameters())
     reweighter = SampleReweighter(case.num_exits, num_hidden=4, **case.reweighter).double()
     options = dict(case.options)
@@ -228,25 +233,301 @@ CASES = {
     "static graph, interval": Case(
         ddp={"static_graph": True}, options={"interval": 2}, num_steps=4
     ),
+    "compiled": Case(wrap=lambda ddp: torch.compile(ddp, backend="eager")),
     "static graph, bucket views": Case(ddp={"static_graph": True, **BUCKETS}),
 }
 
 
-def run(rank: int, num_ranks: int, folder: str) -> None:
-    """All cases on one rank; what came of them, or the error that ended it, goes to a file."""
+def make_step(group: Any, model: nn.Module | None = None, **options: Any) -> MetaReweightStep:
+    """The step of a rank, with four samples of its own."""
+    torch.manual_seed(3)
+    model = model or make_model("mlp")
+    if group is not None:
+        model = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    reweighter = options.pop("reweighter", None) or SampleReweighter(3, num_hidden=4).double()
+    own = SGD(reweighter.parameters(), lr=1.0)
+    optimizer = adamw(model.parameters())
+    return MetaReweightStep(model, optimizer, reweighter, reweighter_optimizer=own, **options)
+
+
+def own_batches(model_name: str = "mlp", seed: int = 0) -> tuple[Batch, Batch]:
+    rank = dist.get_rank()
+    return tuple(make_batch(model_name, 4, seed=100 * seed + 10 * rank + i) for i in (0, 1))
+
+
+def vector(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def refused(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def ranks_stay_bitwise_equal(group: Any) -> None:
+    step = make_step(group, make_model("conv_batch_norm"))
+    before = vector(step.model)
+    for seed in range(20):
+        step(*own_batches("conv_batch_norm", seed))
+    for module in (step.model, step.reweighter):
+        every = gathered(vector(module), group)
+        assert all(torch.equal(each, every[0]) for each in every)
+    assert (before - vector(step.model)).abs().max() > 0.01
+
+
+def gathered(tensor: Tensor, group: Any) -> list[Tensor]:
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, tensor, group)
+    return every
+
+
+def ranks_that_differ_are_refused(group: Any) -> None:
+    odd = dist.get_rank() % 2
+
+    def reweighter(seed: int = 0, num_exits: int = 3) -> SampleReweighter:
+        torch.manual_seed(seed)
+        return SampleReweighter(num_exits, num_hidden=4).double()
+
+    def make(**options: Any) -> None:
+        make_step(group, **options)
+
+    refused(ValueError, "the state of `reweighter`", lambda: make(reweighter=reweighter(seed=odd)))
+    refused(
+        ValueError, "`reweighter` must be the same", lambda: make(reweighter=reweighter(0, 3 + odd))
+    )
+    refused(ValueError, "the options of the step", lambda: make(interval=1 + odd))
+    make(reweighter=reweighter())
+
+
+def other_kinds_of_parallel_models_are_refused(group: Any) -> None:
+    def make(model: nn.Module) -> None:
+        MetaReweightStep(model, momentum(model.parameters()), SampleReweighter(3))
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    split = make_model("mlp")
+    parallelize_module(split, mesh, {"exits.0": ColwiseParallel()})
+    refused(
+        TypeError, "exits.0.weight spread over several .* wrap the whole model", lambda: make(split)
+    )
+    part = DistributedDataParallel(make_model("mlp"))
+    refused(TypeError, "must not hold Distributed", lambda: make(nn.Sequential(part, nn.Tanh())))
+    step = make_step(group)
+    refused(
+        TypeError,
+        "`reweighter` must be bare",
+        lambda: make_step(group, reweighter=DistributedDataParallel(step.reweighter)),
+    )
+
+
+def what_is_not_finite_on_one_rank_is_skipped_by_all(group: Any) -> None:
+    step = make_step(group)
+    step(*own_batches())  # so that AdamW has a state
+    train_batch, meta = own_batches()
+    for which in (0, 1):
+        batches = [[x.clone(), y] for x, y in (train_batch, meta)]
+        if dist.get_rank() == 1:
+            batches[which][0][0, 0] = torch.nan
+        before = vector(step.reweighter)
+        result = step.update_reweighter(*batches)
+        assert bool(result.nonfinite[which])
+        assert torch.equal(before, vector(step.reweighter))
+        assert int(step.num_skipped) == which + 1
+    step.update_reweighter(train_batch, meta)
+    assert not torch.equal(before, vector(step.reweighter))
+    assert int(step.num_skipped) == 2
+
+
+class Drifting(nn.Module):
+    """Reads a buffer and moves it: each rank begins with that of rank 0 and leaves with its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model("mlp")
+        self.register_buffer("factor", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = self.inner(x * self.factor.clone())
+        self.factor.add_(x.detach().mean())
+        return outputs
+
+
+def replays_begin_with_the_buffers_of_the_forward(group: Any) -> None:
+    steps = [
+        make_step(group, Drifting(), **options)
+        for options in ({"estimator": "unrolled"}, {}, {"lean": True})
+    ]
+    for seed in range(3):
+        for step in steps:
+            step(*own_batches(seed=seed))
+    for step in steps[1:]:
+        for ours, theirs in zip(step.model.buffers(), steps[0].model.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for name in ("model", "reweighter"):
+            ours, theirs = vector(getattr(step, name)), vector(getattr(steps[0], name))
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[tuple[str, int]]]:
+    """The collectives that the step calls, with the bytes each rank gives; not DDP's own."""
+    calls, plain = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def count(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if name == "all_reduce" else args[1]
+            calls.append((name, given.numel() * given.element_size()))
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    for name in plain:
+        setattr(dist, name, count(name))
+    try:
+        yield calls
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+
+
+def what_is_sent_is_what_the_documentation_says(group: Any) -> None:
+    size = 8 * len(vector(make_model("mlp")))
+    own = 8 * len(vector(make_step(group).reweighter))
+    flags = 8  # for each tensor of the model or reweighter: whether this rank has a gradient
+    num_tensors = len(list(make_model("mlp").parameters()))
+    allotment, numbers = [("all_gather", 8), ("all_gather", 4 * 4 * 8)], ("all_gather", 5 * 8)
+    gradient = ("all_reduce", size + flags * num_tensors)
+    meta_gradient, reweighter = ("all_reduce", size), ("all_reduce", own + flags * 4)
+    count, counts = ("all_reduce", 8), ("all_reduce", 3 * 8)
+    for options, expected in (
+        ({}, [count, gradient, *allotment, counts, meta_gradient, numbers, reweighter]),
+        ({"lagged": True}, [count, *allotment, counts, meta_gradient, numbers, reweighter]),
+        (
+            {"objective": MeanObjective()},
+            [count, gradient, count, meta_gradient, numbers, reweighter],
+        ),
+        (
+            {"objective": BudgetedObjective(per_rank=True)},
+            [count, gradient, counts, meta_gradient, numbers, reweighter],
+        ),
+    ):
+        step = make_step(group, **options)
+        with counted() as calls:
+            step(*own_batches())
+        assert calls == expected, options
+    step.interval = 2
+    with counted() as calls:
+        step(*own_batches())
+    assert calls == [count]
+
+
+def a_call_that_fails_changes_nothing(group: Any) -> None:
+    for options in ({}, {"lagged": True}):
+        step = make_step(group, Drifting(), **options)
+        (inputs, target), meta = own_batches()
+        step.backward((inputs, target), meta)
+        before = [vector(step.reweighter), *step.model.buffers()]
+        before += [p.grad for p in step.model.parameters()]
+        before = [tensor.clone() for tensor in before]
+        for one, other in (
+            ((inputs, target), (meta[0], meta[1] + 100)),
+            ((inputs, target + 100), meta),
+        ):
+            refused(ValueError, "`target` must lie in", partial(step.backward, one, other))
+            after = [vector(step.reweighter), *step.model.buffers()]
+            after += [p.grad for p in step.model.parameters()]
+            assert all(map(torch.equal, before, after))
+        step.backward((inputs, target), meta)
+
+
+def a_fraction_of_the_rows_is_unbiased(group: Any) -> None:
+    def change(step: MetaReweightStep) -> Tensor:
+        before = vector(step.reweighter)
+        step.update_reweighter(*own_batches())
+        return vector(step.reweighter) - before
+
+    by_row: dict[int, Tensor] = {}
+    seed = 0
+    while len(by_row) < 4:
+        seed += 1
+        drawn = torch.randperm(4, generator=torch.Generator().manual_seed(seed))[0].item()
+        if drawn not in by_row:
+            step = make_step(group, train_fraction=0.25)
+            step._learner.num_calls = seed
+            by_row[drawn] = change(step)
+    mean = torch.stack(list(by_row.values())).mean(0)
+    torch.testing.assert_close(mean, change(make_step(group)), rtol=1e-9, atol=1e-12)
+
+
+def a_model_that_is_not_wrapped_stays_local(group: Any) -> None:
+    if dist.get_rank() != 0:
+        return  # no other rank takes part
+    step = make_step(None, reweighter=SampleReweighter(3, average_over="samples").double())
+    result = step(*own_batches())
+    step.reweighter(result.losses)
+
+
+def outside_of_a_step_means_are_local(group: Any) -> None:
+    torch.manual_seed(0)
+    step = make_step(group, reweighter=SampleReweighter(3, average_over="samples").double())
+    result = step(*own_batches())
+    assert (result.weights.mean(0) - 1).abs().max() > 1e-6
+    if dist.get_rank() == 0:
+        weights = step.reweighter(result.losses)
+        torch.testing.assert_close(weights.mean(0), torch.ones_like(weights[0]))
+        own = result.losses.mean_over_samples(result.weights * result.losses.losses).sum()
+        assert torch.equal(result.train_loss, own)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        ranks_stay_bitwise_equal,
+        ranks_that_differ_are_refused,
+        other_kinds_of_parallel_models_are_refused,
+        what_is_not_finite_on_one_rank_is_skipped_by_all,
+        replays_begin_with_the_buffers_of_the_forward,
+        what_is_sent_is_what_the_documentation_says,
+        a_call_that_fails_changes_nothing,
+        a_fraction_of_the_rows_is_unbiased,
+        a_model_that_is_not_wrapped_stays_local,
+        outside_of_a_step_means_are_local,
+    )
+}
+
+
+def run(rank: int, folder: str) -> None:
+    """Everything, on one of four ranks, in groups of one, two and four of them.
+
+    What came of it goes to a file, by number of ranks and name; an error as text.
+    """
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store{num_ranks}",
+        init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=num_ranks,
+        world_size=4,
         timeout=datetime.timedelta(seconds=60),
     )
-    results: dict[str, Any] = {}
-    try:
-        for name, case in CASES.items():
-            results[name] = train(case, rank, num_ranks)
-    except BaseException:
-        results[name] = traceback.format_exc()
-    torch.save(results, Path(folder, f"{num_ranks}-{rank}.pt"))
+    results: dict[tuple[int, str], Any] = {}
+
+    def report(num_ranks: int, name: str, call: Callable[[], Any]) -> None:
+        try:
+            results[num_ranks, name] = call()
+        except BaseException:
+            results[num_ranks, name] = traceback.format_exc()
+
+    for num_ranks in (1, 2, 4):
+        groups = [
+            dist.new_group(list(range(first, first + num_ranks)))
+            for first in range(0, 4, num_ranks)
+        ]
+        # Each group has its share of the cases.
+        for name in list(CASES)[rank // num_ranks :: len(groups)]:
+            group = groups[rank // num_ranks]
+            call = partial(train, CASES[name], dist.get_rank(group), num_ranks, group)
+            report(num_ranks, name, call)
+    for name, check in CHECKS.items():
+        report(4, name, partial(check, dist.group.WORLD))
+    torch.save(results, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()

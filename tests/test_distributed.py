@@ -1,37 +1,55 @@
 """n ranks on split data are one process on all of it."""
 
+import functools
 import multiprocessing
 
 import pytest
 import torch
 
-from distributed_cases import CASES, run, train
+from distributed_cases import CASES, CHECKS, run, train
+
+PRELOADED = ["reweight", "torch._dynamo", "torch.distributed.tensor.parallel", "pytest"]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def ranks(request, tmp_path_factory):
-    """What came of every case on each rank."""
-    folder, num_ranks = tmp_path_factory.mktemp("ranks"), request.param
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=run, args=(rank, num_ranks, str(folder)))
-        for rank in range(num_ranks)
-    ]
+@functools.cache
+def train_joined(name: str, num_ranks: int):
+    return train(CASES[name], None, num_ranks)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What came of every case and check, by number of ranks and name, for each rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [context.Process(target=run, args=(rank, str(folder))) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    return [torch.load(folder / f"{num_ranks}-{rank}.pt") for rank in range(num_ranks)]
+    found = {}
+    for rank in range(4):
+        for key, result in torch.load(folder / f"{rank}.pt").items():
+            found.setdefault(key, []).append(result)
+    return found
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_split_data_train_as_joined(ranks, name) -> None:
-    expected = train(CASES[name], None, len(ranks))
-    for results in ranks:
-        assert name in results, "an earlier case failed"
-        assert not isinstance(results[name], str), results[name]
-        for key, values in results[name].items():
+def test_split_data_train_as_joined(results, name, num_ranks) -> None:
+    ranks = results[num_ranks, name]
+    assert len(ranks) == num_ranks
+    # One process makes no difference between the numbers of ranks, but where each rank allots.
+    expected = train_joined(name, num_ranks if name == "allotment by each rank" else 4)
+    for result in ranks:
+        assert isinstance(result, dict), result
+        for key, values in result.items():
             # Sums in another order; a difference quotient magnifies rounding by 1/h.
             tolerance = 1e-4 if name == "finite differences" else 1e-10
             torch.testing.assert_close(values, expected[key], rtol=tolerance, atol=tolerance)
-        assert torch.equal(results[name]["vectors"], ranks[0][name]["vectors"])
+        assert torch.equal(result["vectors"], ranks[0]["vectors"])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_four_ranks(results, name) -> None:
+    assert results[4, name] == [None] * 4, "\n".join(map(str, results[4, name]))

@@ -196,7 +196,7 @@ def test_several_optimizers_move_each_its_own() -> None:
     for optimizer in optimizers:
         warm_up(model, optimizer, batch)
     gradients, parameters = gradients_of(model, batch), dict(model.named_parameters())
-    predicted = pseudo_update(as_optimizers(optimizers, []), parameters, gradients).parameters
+    predicted = pseudo_update(optimizers, parameters, gradients).parameters
     for name, parameter in parameters.items():
         parameter.grad = gradients[name]
     for optimizer in optimizers:
