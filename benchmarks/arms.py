@@ -317,6 +317,7 @@ ARMS: dict[str, Arm] = {
     "sigmoid": ours(form="sigmoid", lr=1e-3),
     "sigmoid, mean objective": ours(form="sigmoid", lr=1e-3, objective=MeanObjective()),
     "sigmoid, lr 1e-2": ours(form="sigmoid", lr=1e-2),
+    "sigmoid, lr 1e-2, interval 10": ours(form="sigmoid", lr=1e-2, interval=10),
     "frozen random": Arm(reweighter()),
     "frozen learned": Arm(reweighter(), frozen_from="published"),
     "selection": Arm(selection),

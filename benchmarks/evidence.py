@@ -89,7 +89,7 @@ EXPERIMENTS = {
             batch_size=256,
             lr=0.1,
             width=8,
-            hidden=128,
+            hidden=256,
         )
         for percent in (20, 40)
         for num_exits, suffix in ((1, ""), (5, "-exits"))
@@ -103,13 +103,15 @@ EXPERIMENTS = {
         meta="extra",
         batch_size=128,
         width=8,
-        hidden=128,
+        hidden=256,
     ),
 }
 
 
 class Net(nn.Module):
     """3×3 convolutions with BatchNorm, an exit after each of five; 28×28 is halved on entry.
+
+    Without hidden layers in the exits the resolution is halved twice, with them once.
 
     Args:
         input_shape: (channels, height, width) of one image.
@@ -132,7 +134,9 @@ class Net(nn.Module):
         self.unshuffle = 2 if size > 8 else 1
         channels, size = channels * self.unshuffle**2, size // self.unshuffle
         blocks, exits = [], []
-        for out, stride in ((width, 2), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, 1)):
+        for k in range(5):
+            out = width if k < 2 else 2 * width
+            stride = 2 if k == 0 or (k == 2 and not hidden) else 1
             convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
             blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU()))
             channels, size = out, (size + stride - 1) // stride

@@ -29,10 +29,11 @@ def test_every_arm_takes_steps(name: str) -> None:
     training = evidence.Run(TINY, replace(arm, warm_up=0.0), seed=0)
     before = {key: value.clone() for key, value in training.model.state_dict().items()}
     losses, weights, _ = training.train_epoch(0)
-    assert losses.losses.shape == weights.shape == (64, 3)
+    assert losses.losses.shape == weights.shape
+    assert len(weights) >= 64
     assert weights.isfinite().all()
     assert all(not torch.equal(before[k], v) for k, v in training.model.named_parameters())
-    batches = weights.view(4, 16, 3)
+    batches = weights.view(-1, 16, 3)
     if isinstance(training.weighting, arms.SampleReweighter):
         over = {"exits": 2, "samples": 1, "both": (1, 2)}[training.weighting.average_over]
         torch.testing.assert_close(batches.mean(over), torch.ones_like(batches.mean(over)))
@@ -44,7 +45,7 @@ def test_every_arm_takes_steps(name: str) -> None:
     if name == "Meta-Weight-Net":
         assert torch.equal(weights, weights[:, :1].expand(-1, 3))
     if name.startswith("greedy"):
-        torch.testing.assert_close(batches.mean(2), torch.ones(4, 16))
+        torch.testing.assert_close(weights.mean(1), torch.ones(len(weights)))
         assert weights.amin() >= 1 - 2 * arms.STRENGTH
 
 
@@ -69,7 +70,7 @@ def test_fixed_weights_average_one(weighting, means: int, exit_losses: ExitLosse
 def test_linear_and_inverse_are_in_proportion(exit_losses: ExitLosses) -> None:
     for weighting, expected in ((arms.linear, [1, 2, 3]), (arms.inverse, [1, 1 / 2, 1 / 3])):
         weights = weighting(3, 40)(exit_losses)[0]
-        torch.testing.assert_close(weights / weights[0], torch.tensor(expected))
+        torch.testing.assert_close(weights / weights[0], torch.tensor(expected).float())
 
 
 def test_selection_is_zero_or_one_scale(exit_losses: ExitLosses) -> None:
@@ -198,7 +199,7 @@ def test_again_is_bitwise_the_same() -> None:
     with evidence.Progress(disable=True) as progress:
         one, two = (evidence.run(TINY, "published", 5, progress) for _ in range(2))
     del one["seconds"], two["seconds"]
-    assert one == two
+    assert repr(one) == repr(two)  # text, for not a number is not itself
 
 
 def test_paired_interval_is_students() -> None:
