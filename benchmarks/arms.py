@@ -337,7 +337,7 @@ ARMS: dict[str, Arm] = {
     "extra meta, lr 1e-3": ours(meta="extra", lr=1e-3),
     "held-out meta, lr 1e-3": ours(meta="of the training set", lr=1e-3),
     "soft objective, lr 1e-3": ours(objective=SoftObjective(), lr=1e-3),
-    "area objective, lr 1e-3": ours(objective=AREA, lr=1e-3),
+    "area objective, lr 1e-2": ours(objective=AREA, lr=1e-2),
     "log inputs, lr 1e-3": ours(kind=LogInputs, lr=1e-3),
     "standard inputs, lr 1e-3": ours(kind=StandardInputs, lr=1e-3),
     "warm-up, lr 1e-3": ours(warm_up=0.5, lr=1e-3),
@@ -348,7 +348,7 @@ ARMS: dict[str, Arm] = {
     "conventional, dropout": Arm(dropout=0.3),
     "dropout, lr 1e-3": ours(dropout=0.3, lr=1e-3),
     "combined": ours(
-        kind=StandardInputs, objective=AREA, meta="extra", average_over="both", lr=1e-3
+        kind=StandardInputs, objective=AREA, meta="extra", average_over="both", lr=1e-2
     ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),

@@ -75,9 +75,9 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "digits": Experiment("digits", 5, 20, None, batch_size=32),
-    "fashion-5k": Experiment("fashion-mnist", 5, 40, 5000),
-    "fashion-1k": Experiment("fashion-mnist", 5, 80, 1000, batch_size=32),
+    "digits": Experiment("digits", 5, 20, None, batch_size=32, width=8),
+    "fashion-5k": Experiment("fashion-mnist", 5, 40, 5000, batch_size=100, width=8),
+    "fashion-1k": Experiment("fashion-mnist", 5, 40, 1000, batch_size=50, width=8),
     **{
         f"noise-{percent}{suffix}": Experiment(
             "fashion-mnist",
