@@ -121,8 +121,8 @@ def train(case: Case, rank: int | None, num_ranks: int, group: Any = None) -> di
             with model.no_sync() if wait else contextlib.nullcontext():
                 result = step.backward(*batches, scale=1 / case.num_parts)
         if not case.just_call:
-            if step.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(inner.parameters(), step.clip_grad_norm)
+            if step._lookahead.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(inner.parameters(), step._lookahead.clip_grad_norm)
             optimizer.step()
         vectors.append(torch.cat([p.detach().flatten() for p in inner.parameters()]))
         vectors.append(torch.cat([p.detach().flatten() for p in reweighter.parameters()]))
