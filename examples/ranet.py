@@ -100,13 +100,13 @@ class _State(NamedTuple):
 
     Attributes:
         bases: base features of the sub-networks ahead, coarsest first.
-        x: what the last block put out; None where a sub-network is to begin.
+        x: what the next block reads.
         below: features of the blocks of the coarser sub-network that are yet to be fused.
         own: features of this sub-network's blocks so far, if there is a finer one.
     """
 
     bases: list[Tensor]
-    x: Tensor | None
+    x: Tensor
     below: list[list[Tensor]]
     own: list[list[Tensor]]
 
@@ -233,12 +233,10 @@ class RANet(StagedNet):
         """Images [B,in_channels,H,W], later what stages ahead read; the exit reads a block."""
         if k == 0:
             check_image_size(state, self.max_image_size)
-            state = _State(self.bases(state)[::-1], None, [], [])
+            coarsest, *finer = self.bases(state)[::-1]
+            state = _State(finer, coarsest, [], [])
         bases, x, below, own = state
         subnet, last = self._places[k]
-        if x is None:
-            x, bases = bases[0], bases[1:]
-            below, own = own, []
         blocks = cast(nn.ModuleList, self.subnets[subnet])
         first = last if k and self._places[k - 1][0] == subnet else 0
         for block in blocks[first : last + 1]:
@@ -249,5 +247,6 @@ class RANet(StagedNet):
                 x, features = block(x)
             if bases:
                 own = [*own, features]
-        ends = last == len(blocks) - 1
-        return x, _State(bases, None if ends else x, below, own)
+        if bases and last == len(blocks) - 1:
+            return x, _State(bases[1:], bases[0], own, [])
+        return x, _State(bases, x, below, own)
