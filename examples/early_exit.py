@@ -4,6 +4,10 @@ As a script: what ``train.py`` saved answers its test set at the thresholds of a
 whole net.
 """
 
+import argparse
+import sys
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -91,3 +95,52 @@ def _confidence(logits: Tensor, predicted: Tensor) -> Tensor:
     confidence = exit_cross_entropy([logits.double()], predicted).confidence
     assert confidence is not None
     return confidence
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Answer the test set of a saved net, by early exit and by the whole net."""
+    from data import load_data
+    from train import MODELS, batches_of, costs_of  # here, for who needs `answer` alone
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("net", type=Path, help="what train.py saved: runs/digits/reweighted.pt")
+    add("--power", type=float, default=0.75, help="p of the shares p^k: smaller answers earlier")
+    add("--batch-size", type=int, default=256)
+    chosen = parser.parse_args(arguments)
+    saved = torch.load(chosen.net, weights_only=True)
+    powers = saved["thresholds"]
+    power = min(powers, key=lambda each: abs(each - chosen.power))
+    settings = saved["settings"]
+    names = ("seed", "label_noise", "long_tail", "train_size")
+    folder = settings["data_dir"] and Path(settings["data_dir"])
+    try:
+        data = load_data(settings["data"], folder, **{name: settings[name] for name in names})
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    net = MODELS[settings["model"]](data)
+    net.load_state_dict(saved["model"])
+    net.eval()
+
+    batches = list(batches_of(data.test, chosen.batch_size))
+    target = torch.cat([labels for _, labels in batches])
+    start = time.perf_counter()
+    parts = [answer(net, images, powers[power]) for images, _ in batches]
+    middle = time.perf_counter()
+    with torch.no_grad():
+        whole = torch.cat([net(images)[-1].argmax(1) for images, _ in batches])
+    end = time.perf_counter()
+    answers = Answers(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    costs = torch.tensor(costs_of(net, data), dtype=torch.float64)
+    shares = answers.exits.bincount(minlength=len(costs)).double() / len(target)
+    print(f"shares of the exits at p = {power}: {', '.join(f'{s:.1%}' for s in shares)}")
+    for name, classes, cost, seconds in (
+        ("early exit", answers.classes, costs[answers.exits].mean(), middle - start),
+        ("whole net", whole, costs[-1], end - middle),
+    ):
+        accuracy = (classes == target).double().mean()
+        print(f"{name}: {accuracy:.2%} at {cost:,.0f} multiply-adds an answer, {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

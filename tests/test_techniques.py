@@ -53,6 +53,7 @@ def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tenso
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # by the first forward mode of a process
 def test_scaling_changes_the_gradient_in_every_mode_and_nothing_else() -> None:
     x = torch.randn(50, dtype=torch.float32, requires_grad=True)
     direction = torch.randn(50)
