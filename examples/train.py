@@ -38,6 +38,7 @@ from checkpoint import Checkpoint, Stateful, save_aside, write_aside
 from data import Data, augment, load_data
 from msdnet import MSDNet
 from plots import plot_budgeted_curves, plot_weights
+from ranet import RANet
 from reweight import (
     BudgetedObjective,
     BudgetPoint,
@@ -51,12 +52,14 @@ from reweight import (
     swap_halves,
 )
 from small import MultiExitConvNet, MultiExitMLP
+from staged import StagedNet
 
 ARMS = ("conventional", "reweighted")
-MODELS: dict[str, Callable[[Data], nn.Module]] = {
+MODELS: dict[str, Callable[[Data], StagedNet]] = {
     "mlp": lambda data: MultiExitMLP(data.input_shape, data.num_classes),
     "conv": lambda data: MultiExitConvNet(data.input_shape, data.num_classes),
     "msdnet": lambda data: MSDNet(data.num_classes, in_channels=data.input_shape[0]),
+    "ranet": lambda data: RANet(data.num_classes, in_channels=data.input_shape[0]),
 }
 
 
@@ -151,8 +154,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 2), ("interval", 1)):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if settings.data == "imagefolder" and settings.model == "msdnet":
-        parser.error("--model msdnet is built for small images; use --model conv for imagefolder")
+    if settings.data == "imagefolder" and settings.model in ("msdnet", "ranet"):
+        parser.error(f"--model {settings.model} is for small images; use --model conv")
     settings.out = settings.out or Path("runs", settings.data)
     return settings
 
