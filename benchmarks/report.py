@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from arms import ARMS
 from evidence import RESULTS, read
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,14 +26,15 @@ Row = dict[str, str]
 Rows = dict[str, dict[int, Row]]  # by arm and seed
 
 # What the plots show, if it was run: few enough lines to read.
-CURVES = ("conventional", "frozen random", "published", "matched compute")
-NOISE_CURVES = ("conventional", "Meta-Weight-Net", "L2RW", "sigmoid")
+CURVES = ("conventional", "frozen random", "published", "inverse")
+SIGMOID = "sigmoid, lr 1e-2, interval 10"
+NOISE_CURVES = ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID)
 COLORS = {
     "conventional": "#525252",
     "frozen random": "#0e7490",
     "published": "#c2410c",
-    "sigmoid": "#c2410c",
-    "matched compute": "#7e22ce",
+    SIGMOID: "#c2410c",
+    "inverse": "#7e22ce",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
 }
@@ -50,11 +53,20 @@ def paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, floa
 
 
 def load(path: Path) -> Rows:
-    """The rows of an experiment, by arm in the order of first appearance and by seed."""
+    """The rows of an experiment, by arm in the order of ``ARMS`` and by seed."""
     rows: Rows = {}
-    for row in read(path):
+    for row in sorted(read(path), key=lambda row: list(ARMS).index(row["arm"])):
         rows.setdefault(row["arm"], {})[int(row["seed"])] = row
     return rows
+
+
+def split_diverged(rows: Rows) -> tuple[Rows, dict[str, int]]:
+    """The runs that ended with finite weights, and how many of each arm did not."""
+    kept, diverged = {}, {}
+    for arm, mine in rows.items():
+        kept[arm] = {seed: row for seed, row in mine.items() if "nan" not in row["moved"]}
+        diverged[arm] = len(mine) - len(kept[arm])
+    return {arm: mine for arm, mine in kept.items() if mine}, diverged
 
 
 def column(rows: dict[int, Row], name: str, seeds: Sequence[int] | None = None) -> list[float]:
@@ -77,7 +89,8 @@ def difference(rows: Rows, arm: str, base: str, name: str, base_name: str | None
 
 
 def table(rows: Rows) -> str:
-    """One line for each arm."""
+    """One line for each arm; runs that diverged are counted, and left out of the means."""
+    rows, diverged = split_diverged(rows)
     num_exits = sum(name.startswith("exit ") for name in next(iter(rows["conventional"].values())))
     noisy = any(not math.isnan(float(r["wrong weight"])) for a in rows.values() for r in a.values())
     heads = ["arm", "seeds", "accuracy" if num_exits == 1 else "budgeted", "− conventional"]
@@ -93,7 +106,8 @@ def table(rows: Rows) -> str:
         def against(name: str, base: str = "conventional", arm: str = arm) -> str:
             return difference(rows, arm, base, name)
 
-        cells = [arm, str(len(mine)), f"{np.mean(column(mine, 'budgeted')):.2f}"]
+        seeds = str(len(mine)) + (f" (and {diverged[arm]} diverged)" if diverged[arm] else "")
+        cells = [arm, seeds, f"{np.mean(column(mine, 'budgeted')):.2f}"]
         cells.append(against("budgeted"))
         if num_exits > 1:
             cells += [against("budgeted", "frozen random")] if "frozen random" in rows else []
@@ -118,6 +132,7 @@ def numbers(row: Row, name: str) -> np.ndarray:
 
 def plot_differences(path: Path, rows: Rows, title: str) -> None:
     """Each arm's paired difference to conventional training, with its interval and its seeds."""
+    rows, _ = split_diverged(rows)
     arms = [arm for arm in rows if arm != "conventional"]
     figure = Figure(figsize=(7, 0.9 + 0.27 * len(arms)), layout="constrained")
     axes = figure.add_subplot()
@@ -149,7 +164,6 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
             for row in rows[arm].values()
         ]
         for arm in arms
-        if arm in rows
     }
     lowest = max(cost.min() for each in curves.values() for cost, _ in each)
     highest = min(cost.max() for each in curves.values() for cost, _ in each)
@@ -178,7 +192,6 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
 
 def plot_weights(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
     """Mean weight of each tenth of the samples by loss, in the last epoch, one panel an exit."""
-    arms = [arm for arm in arms if arm in rows and arm != "conventional"]
     num_exits = len(numbers(next(iter(rows[arms[0]].values())), "tenths loss")) // 10
     figure = Figure(figsize=(2.3 * num_exits + 2.2, 3.1), layout="constrained")
     panels = figure.subplots(1, num_exits, sharey=True, squeeze=False)[0]
@@ -213,8 +226,6 @@ def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> No
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes: Axes = figure.add_subplot()
     for arm in arms:
-        if arm not in rows or arm == "conventional":
-            continue
         moved = np.mean([numbers(row, "moved") for row in rows[arm].values()], 0)
         axes.plot(np.arange(1, len(moved) + 1), moved, color=COLORS[arm], label=arm)
     axes.set_xlabel("epoch")
@@ -256,21 +267,20 @@ def main(arguments: list[str] | None = None) -> None:
         rows, name = load(path), path.stem
         if "conventional" not in rows:
             continue
-        pictures = settings.docs / "results"
-        blocks = [table(rows)]
         chosen = NOISE_CURVES if "noise" in name or name == "long-tail" else CURVES
-        learned = [arm for arm in chosen[1:] if arm in rows and arm != "matched compute"]
-        drawn = {"differences": len(rows) > 2, "curves": False, "weights": bool(learned)}
+        chosen = [arm for arm in chosen if arm in rows]
+        plots = {}
         if len(rows) > 2:
-            plot_differences(pictures / f"{name}-differences.png", rows, name)
+            plots["differences"] = plot_differences
         if "exit 2" in next(iter(rows["conventional"].values())):
-            plot_curves(pictures / f"{name}-curves.png", rows, name, chosen)
-            drawn["curves"] = True
-        if learned:
-            plot_weights(pictures / f"{name}-weights.png", rows, name, learned)
-        blocks += [
-            f"![{name}, {kind}](results/{name}-{kind}.png)" for kind, yes in drawn.items() if yes
-        ]
+            plots["curves"] = partial(plot_curves, arms=chosen)
+        if len(chosen) > 1:
+            plots["weights"] = partial(plot_weights, arms=chosen[1:])
+            plots["movement"] = partial(plot_movement, arms=chosen[1:])
+        blocks = [table(rows)]
+        for kind, plot in plots.items():
+            plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)
+            blocks.append(f"![{name}, {kind}](results/{name}-{kind}.png)")
         text = fill(text, name, "\n\n".join(blocks))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)
