@@ -2,8 +2,8 @@
 
 MSDNet with five exits on Fashion-MNIST: each budget's thresholds come from a held-out split, and
 test images are answered in batches of 1, 32 and 256, beside the whole net on the same batches.
-Writes `results/early_exit_time.csv` and `.png`. The net is trained for a few hundred steps, enough for
-exits that are sure of some images and not of others, and kept in --net.
+Writes `results/early_exit_time.csv` and `.png`. The net is trained for a few hundred steps, enough
+for exits that are sure of some images and not of others, and kept in --net.
 
     python benchmarks/early_exit_time.py
 """

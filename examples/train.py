@@ -172,10 +172,9 @@ def train(
 ) -> None:
     """Train one arm, from where the checkpoint has it."""
     torch.manual_seed(settings.seed)
-    bare = model = MODELS[settings.model](data)
+    bare = MODELS[settings.model](data)
     costs = costs_of(bare, data)
-    if dist.is_initialized():
-        model = DistributedDataParallel(bare)
+    model = DistributedDataParallel(bare) if dist.is_initialized() else bare
     optimizer = SGD(model.parameters(), settings.lr, 0.9, weight_decay=1e-4, nesterov=True)
     scheduler = CosineAnnealingLR(optimizer, settings.epochs)
     step = MetaReweightStep(
