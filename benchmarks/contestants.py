@@ -12,13 +12,23 @@ from nets import NETS, OPTIMIZERS, Batch, Net
 from peers import PEERS, Build, Step
 from reweight import MetaReweightStep, SampleReweighter
 
+# Options of the step, and two of the benchmark: the share of the meta batch that is given (at 0 the
+# next train batch serves), and moves="half", the later half of the parameters.
 MODES: dict[str, dict[str, object]] = {
     "forward": {"estimator": "forward"},
     "lean": {"estimator": "forward", "lean": True},
     "interval 10": {"estimator": "forward", "interval": 10},
     "lagged": {"estimator": "forward", "lagged": True},
     "a quarter of the rows": {"estimator": "forward", "train_fraction": 0.25},
-    "lagged, a quarter": {"estimator": "forward", "lagged": True, "train_fraction": 0.25},
+    "a quarter of both batches": {"estimator": "forward", "train_fraction": 0.25, "meta": 0.25},
+    "lagged, next batch as meta": {"estimator": "forward", "lagged": True, "meta": 0},
+    "same, a quarter of rows": {
+        "estimator": "forward",
+        "lagged": True,
+        "meta": 0,
+        "train_fraction": 0.25,
+    },
+    "half of the parameters move": {"estimator": "forward", "moves": "half"},
     "finite differences": {"estimator": "finite_difference"},
     "unrolled": {"estimator": "unrolled"},
 }
@@ -45,9 +55,29 @@ def ours(
     optimizer: Optimizer,
     g: SampleReweighter,
     g_optimizer: Optimizer,
+    meta: float = 1,
+    moves: str | None = None,
     **options: object,
 ) -> Step:
-    return MetaReweightStep(model, optimizer, g, reweighter_optimizer=g_optimizer, **options)  # type: ignore[arg-type]
+    if moves == "half":
+        options["moves"] = set(later_half(model)).__contains__
+    step = MetaReweightStep(model, optimizer, g, reweighter_optimizer=g_optimizer, **options)  # type: ignore[arg-type]
+
+    def run(train: Batch, batch: Batch) -> None:
+        size = round(meta * len(batch[1]))
+        step(train, (batch[0][:size], batch[1][:size]) if size else None)
+
+    return run
+
+
+def later_half(model: nn.Module) -> list[str]:
+    """Names of the last parameters, in the order of the model, that hold half of all entries."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    names, held = [], 0
+    while held < sum(sizes.values()) / 2:
+        names.append(list(sizes)[-1 - len(names)])
+        held += sizes[names[-1]]
+    return names
 
 
 CONTESTANTS: dict[str, Build] = {
@@ -71,4 +101,4 @@ def contestant(net: str | Net, optimizer_name: str, name: str) -> tuple[Callable
     g = SampleReweighter(net.num_exits)
     g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4)
     step = CONTESTANTS[name](model, OPTIMIZERS[optimizer_name](model), g, g_optimizer)
-    return partial(step, net.batch(), net.batch()), getattr(step, "interval", 1)
+    return partial(step, net.batch(), net.batch()), 10 if name == "ours, interval 10" else 1

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import Adam
 
-import reweight.step
+import reweight.updates
 from nets import NETS, OPTIMIZERS, Net
 from reweight import MetaReweightStep, SampleReweighter, exit_cross_entropy
 
@@ -89,7 +89,7 @@ def phase_seconds(net: Net, optimizer_name: str, num_rounds: int) -> dict[str, f
             optimizer.register_step_pre_hook(lambda *_: mark("optimizer")),
         ]
         mark("begin")
-        with patch("reweight.step.pseudo_update", marked("updated", update, before="update")):
+        with patch("reweight.lookahead.pseudo_update", marked("updated", update, before="update")):
             step(train, meta)
         mark("end")
         for handle in handles:

@@ -43,13 +43,16 @@ class Checkpoint:
         path: the file.
         settings: what the run depends on; a checkpoint of other settings is refused.
         resume: go on from the file if it is there, else begin anew.
+        writes: whether to write it; of several processes that train together, one does.
 
     Raises:
         ValueError: the file belongs to other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, resume: bool, writes: bool = True
+    ) -> None:
+        self._path, self._writes = path, writes
         self._content: dict[str, Any] = {"settings": dict(settings), "finished": {}, "running": {}}
         if resume and path.exists():
             content = torch.load(path, weights_only=True)
@@ -81,10 +84,14 @@ class Checkpoint:
         """Put down a training after so many epochs."""
         states = {part: stateful.state_dict() for part, stateful in parts.items()}
         self._content["running"] = {"name": name, "epoch": epoch, "parts": states}
-        save_aside(self._path, self._content)
+        self._write()
 
     def finish(self, name: str, result: dict[str, Any]) -> None:
         """Put down what a finished training leaves."""
         self._content["finished"][name] = result
         self._content["running"] = {}
-        save_aside(self._path, self._content)
+        self._write()
+
+    def _write(self) -> None:
+        if self._writes:
+            save_aside(self._path, self._content)

@@ -6,45 +6,15 @@ The defaults are its smallest CIFAR network for budgeted batches.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from convolutions import BaseFeatures, bottleneck, check_image_size, conv, image_exit, initialize
+from staged import StagedNet
+
 __all__ = ["MSDNet"]
-
-
-def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-    )
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
-
-
-def _bottleneck(in_channels: int, out_channels: int, factor: int, stride: int = 1) -> nn.Sequential:
-    inner_channels = min(in_channels, factor * out_channels)
-    return nn.Sequential(
-        _conv(in_channels, inner_channels, 1), _conv(inner_channels, out_channels, 3, stride)
-    )
-
-
-class _FirstLayer(nn.Module):
-    """Image [B,C,H,W] to one feature map a scale, finest first, each half the size of the last."""
-
-    def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
-        super().__init__()
-        sources = [in_channels, *channels[:-1]]
-        self.scales = nn.ModuleList(
-            _conv(source, target, 3, stride=1 if scale == 0 else 2)
-            for scale, (source, target) in enumerate(zip(sources, channels, strict=True))
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for conv in self.scales:
-            x = conv(x)
-            features.append(x)
-        return features
 
 
 class _DenseLayer(nn.Module):
@@ -65,23 +35,21 @@ class _DenseLayer(nn.Module):
         self.same = nn.ModuleList()
         self.down = nn.ModuleList()
         if not drop_finest:
-            self.same.append(_bottleneck(channels[0], growths[0], bottleneck_factors[0]))
+            self.same.append(bottleneck(channels[0], growths[0], bottleneck_factors[0]))
         for scale in range(1, len(channels)):
             finer = scale - 1
             half = growths[scale] // 2
-            self.down.append(
-                _bottleneck(channels[finer], half, bottleneck_factors[finer], stride=2)
-            )
+            self.down.append(bottleneck(channels[finer], half, bottleneck_factors[finer], stride=2))
             self.same.append(
-                _bottleneck(channels[scale], growths[scale] - half, bottleneck_factors[scale])
+                bottleneck(channels[scale], growths[scale] - half, bottleneck_factors[scale])
             )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         kept = features[-len(self.same) :]
-        parts = [[x, conv(x)] for x, conv in zip(kept, self.same, strict=True)]
+        parts = [[x, layer(x)] for x, layer in zip(kept, self.same, strict=True)]
         # One strided conv for each scale but the finest of the input, so both lists end alike.
-        for number, conv in enumerate(self.down):
-            parts[number - len(self.down)].append(conv(features[number]))
+        for number, layer in enumerate(self.down):
+            parts[number - len(self.down)].append(layer(features[number]))
         return [torch.cat(part, dim=1) for part in parts]
 
 
@@ -91,27 +59,15 @@ class _Transition(nn.Module):
     def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]) -> None:
         super().__init__()
         self.scales = nn.ModuleList(
-            _conv(source, target, 1)
+            conv(source, target, 1)
             for source, target in zip(in_channels, out_channels, strict=True)
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [conv(x) for conv, x in zip(self.scales, features, strict=True)]
+        return [layer(x) for layer, x in zip(self.scales, features, strict=True)]
 
 
-def _exit(in_channels: int, num_classes: int) -> nn.Sequential:
-    # Images of 32 arrive with 8 pixels a side and leave the convolutions with 2, images of 28 with
-    # 7 and 2. Smaller ones leave them with 1, which only `ceil_mode` pools.
-    return nn.Sequential(
-        _conv(in_channels, 128, 3, stride=2),
-        _conv(128, 128, 3, stride=2),
-        nn.AvgPool2d(2, ceil_mode=True),
-        nn.Flatten(),
-        nn.Linear(128, num_classes),
-    )
-
-
-class MSDNet(nn.Module):
+class MSDNet(StagedNet):
     """Multi-scale dense network with `num_exits` classifiers.
 
     As published, a very small network (of 1, 2 or 4 layers at three scales) still computes finer
@@ -183,7 +139,10 @@ class MSDNet(nn.Module):
         self.blocks = nn.ModuleList()
         self.exits = nn.ModuleList()
         for block_size in block_sizes:
-            layers: list[nn.Module] = [] if self.blocks else [_FirstLayer(in_channels, widths())]
+            layers: list[nn.Module] = []
+            if not self.blocks:
+                strides = [1] + [2] * (num_scales - 1)
+                layers.append(BaseFeatures(in_channels, widths(), strides))
             for _ in range(block_size):
                 drop_finest = num_layers > 0 and num_layers % layers_per_scale == 0
                 growths = [growth * factor for factor in growth_factors[finest:]]
@@ -198,23 +157,13 @@ class MSDNet(nn.Module):
                     width //= 2
                     layers.append(_Transition(wide, widths()))
             self.blocks.append(nn.Sequential(*layers))
-            self.exits.append(_exit(widths()[-1], num_classes))
+            self.exits.append(image_exit(widths()[-1], num_classes))
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialize(self)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images [B,in_channels,H,W] to the logits of every exit, K times [B,C]."""
-        if max(x.shape[-2:]) > self.max_image_size:
-            raise ValueError(
-                f"images must have at most {self.max_image_size} pixels a side (the exits' pools "
-                f"cover no more), got {list(x.shape)}; shrink or crop them, or add a scale"
-            )
-        features, logits = x, []
-        for block, exit_ in zip(self.blocks, self.exits, strict=True):
-            features = block(features)
-            logits.append(exit_(features[-1]))
-        return logits
+    def advance(self, k: int, state: Any) -> tuple[Tensor, Any]:
+        """Images [B,in_channels,H,W], later feature maps; the exit reads the coarsest."""
+        if k == 0:
+            check_image_size(state, self.max_image_size)
+        features = self.blocks[k](state)
+        return features[-1], features

@@ -5,8 +5,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from convolutions import conv
+from staged import StagedNet
 
-class MultiExitMLP(nn.Module):
+
+class MultiExitMLP(StagedNet):
     """Fully connected layers in a row, each with an exit.
 
     Args:
@@ -26,17 +29,13 @@ class MultiExitMLP(nn.Module):
         )
         self.exits = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(num_exits))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images [B, ...] → K logits [B, C], computed exit by exit."""
-        x = x.flatten(1)
-        logits = []
-        for block, exit in zip(self.blocks, self.exits, strict=True):
-            x = block(x)
-            logits.append(exit(x))
-        return logits
+    def advance(self, k: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, ...], later hidden units [B, width]; the exit reads what goes on."""
+        features = self.blocks[k](state.flatten(1))
+        return features, features
 
 
-class MultiExitConvNet(nn.Module):
+class MultiExitConvNet(StagedNet):
     """3×3 convolutions with BatchNorm in a row, an exit after each pair.
 
     The resolution is halved after the first pair and again halfway through the rest, and the width
@@ -60,7 +59,7 @@ class MultiExitConvNet(nn.Module):
             halve = k in (1, (num_exits + 1) // 2)
             width = 2 * width if halve else width
             blocks.append(
-                nn.Sequential(_conv(channels, width, stride=2 if halve else 1), _conv(width, width))
+                nn.Sequential(conv(channels, width, 3, 2 if halve else 1), conv(width, width, 3))
             )
             exits.append(
                 nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
@@ -68,16 +67,7 @@ class MultiExitConvNet(nn.Module):
             channels = width
         self.blocks, self.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images [B, channels, H, W] → K logits [B, C], computed exit by exit."""
-        logits = []
-        for block, exit in zip(self.blocks, self.exits, strict=True):
-            x = block(x)
-            logits.append(exit(x))
-        return logits
-
-
-def _conv(before: int, after: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
-    )
+    def advance(self, k: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, channels, H, W], later feature maps; the exit reads what goes on."""
+        features = self.blocks[k](state)
+        return features, features

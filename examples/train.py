@@ -2,7 +2,7 @@
 
 With no arguments: scikit-learn's digits and a small convolutional net, in about a minute. Both
 trainings begin with the same parameters and see the same batches in the same order; they differ in
-the weights of the samples alone.
+the weights of the samples alone. Under ``torchrun`` each process takes its share of every batch.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import (
@@ -36,6 +38,7 @@ from checkpoint import Checkpoint, Stateful, save_aside, write_aside
 from data import Data, augment, load_data
 from msdnet import MSDNet
 from plots import plot_budgeted_curves, plot_weights
+from ranet import RANet
 from reweight import (
     BudgetedObjective,
     BudgetPoint,
@@ -49,12 +52,14 @@ from reweight import (
     swap_halves,
 )
 from small import MultiExitConvNet, MultiExitMLP
+from staged import StagedNet
 
 ARMS = ("conventional", "reweighted")
-MODELS: dict[str, Callable[[Data], nn.Module]] = {
+MODELS: dict[str, Callable[[Data], StagedNet]] = {
     "mlp": lambda data: MultiExitMLP(data.input_shape, data.num_classes),
     "conv": lambda data: MultiExitConvNet(data.input_shape, data.num_classes),
     "msdnet": lambda data: MSDNet(data.num_classes, in_channels=data.input_shape[0]),
+    "ranet": lambda data: RANet(data.num_classes, in_channels=data.input_shape[0]),
 }
 
 
@@ -78,7 +83,11 @@ RECIPES = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Train both arms, or what is left of them, and report how they compare."""
-    settings, console = parse_arguments(arguments), Console()
+    settings = parse_arguments(arguments)
+    if dist.is_available() and dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    rank, num_ranks = rank_and_number()
+    console = Console(quiet=rank > 0)
     if settings.data == "digits":
         torch.set_num_threads(1)  # faster for images of 8×8
     try:
@@ -92,17 +101,30 @@ def main(arguments: list[str] | None = None) -> None:
             download=settings.download,
         )
         checkpoint = Checkpoint(
-            settings.out / "checkpoint.pt", describe(settings), resume=settings.resume
+            settings.out / "checkpoint.pt",
+            describe(settings),
+            resume=settings.resume,
+            writes=rank == 0,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if len(data.train) < settings.batch_size:
         sys.exit(f"error: --batch-size must be at most {len(data.train)}, the training samples")
+    if settings.batch_size % (2 * num_ranks) and num_ranks > 1:
+        sys.exit(f"error: --batch-size must be a multiple of {2 * num_ranks}, two for each process")
     settings.out.mkdir(parents=True, exist_ok=True)
     for arm in ARMS:
         if arm not in checkpoint.finished:
             train(arm, data, settings, checkpoint, console)
-    report(data, settings, checkpoint, console)
+    if rank == 0:
+        report(data, settings, checkpoint, console)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_and_number() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -132,8 +154,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 2), ("interval", 1)):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if settings.data == "imagefolder" and settings.model == "msdnet":
-        parser.error("--model msdnet is built for small images; use --model conv for imagefolder")
+    if settings.data == "imagefolder" and settings.model in ("msdnet", "ranet"):
+        parser.error(f"--model {settings.model} is for small images; use --model conv")
     settings.out = settings.out or Path("runs", settings.data)
     return settings
 
@@ -150,17 +172,19 @@ def train(
 ) -> None:
     """Train one arm, from where the checkpoint has it."""
     torch.manual_seed(settings.seed)
-    model = MODELS[settings.model](data)
+    bare = MODELS[settings.model](data)
+    costs = costs_of(bare, data)
+    model = DistributedDataParallel(bare) if dist.is_initialized() else bare
     optimizer = SGD(model.parameters(), settings.lr, 0.9, weight_decay=1e-4, nesterov=True)
     scheduler = CosineAnnealingLR(optimizer, settings.epochs)
     step = MetaReweightStep(
         model,
         optimizer,
-        SampleReweighter(len(costs_of(model, data)), inputs=settings.reweighter_input),
+        SampleReweighter(len(costs), inputs=settings.reweighter_input),
         objective=BudgetedObjective() if settings.objective == "budgeted" else MeanObjective(),
         interval=settings.interval,
     )
-    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Stateful] = {"model": bare, "optimizer": optimizer, "scheduler": scheduler}
     if arm == "reweighted":
         parts["step"] = step
     first_epoch = checkpoint.restore(arm, parts)
@@ -203,7 +227,7 @@ def train(
                 checkpoint.save(arm, epoch + 1, parts)
     if step.num_skipped:
         console.print(f"{int(step.num_skipped)} updates of the reweighter skipped: not finite")
-    left: dict[str, Any] = {"model": model.state_dict()}
+    left: dict[str, Any] = {"model": bare.state_dict()}
     if arm == "reweighted":
         left |= {
             "reweighter": step.reweighter.state_dict(),
@@ -214,15 +238,28 @@ def train(
 
 
 def training_batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order, without the incomplete batch at the end."""
-    for images, target in batches_of(data.train, batch_size, shuffled=True):
+    """One epoch in random order, without the incomplete batch at the end: this process's share."""
+    rank, _ = rank_and_number()
+    for index, (images, target) in enumerate(batches_of(data.train, batch_size, shuffled=True)):
+        if index == 0 and rank > 0:  # all have drawn the same order; now each draws its own
+            torch.manual_seed(torch.initial_seed() + rank)
         yield (augment(images) if data.augment else images), target
+
+
+class BatchShares(BatchSampler):
+    """Every n-th sample of each batch, for one of n processes: a half is a half for all of them."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of indices."""
+        rank, num_ranks = rank_and_number()
+        for batch in super().__iter__():
+            yield batch[rank::num_ranks]
 
 
 def batches_of(dataset: Any, batch_size: int, *, shuffled: bool = False) -> Any:
     """A data loader; data in memory is indexed a whole batch at a time."""
     sampler: Sampler[int] = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
-    batches = BatchSampler(sampler, batch_size, drop_last=shuffled)
+    batches = (BatchShares if shuffled else BatchSampler)(sampler, batch_size, drop_last=shuffled)
     if isinstance(dataset, TensorDataset):
         return DataLoader(dataset, sampler=batches, batch_size=None)
     return DataLoader(dataset, batch_sampler=batches)

@@ -46,11 +46,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def sums_over_ranks(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The sum of each, differentiably, in one call for each dtype; shards are sums as they are."""
-    group, plain = _GROUP.get(), [tensor for tensor in tensors if not is_sharded(tensor)]
-    if group is None or not plain:
+    group = _GROUP.get()
+    if group is None or any(map(is_sharded, tensors)):
         return tuple(tensors)
-    sums = iter(_Sums.apply(group, *plain))  # type: ignore[no-untyped-call]
-    return tuple(tensor if is_sharded(tensor) else next(sums) for tensor in tensors)
+    results: tuple[Tensor, ...] = _Sums.apply(group, *tensors)  # type: ignore[no-untyped-call]
+    return results
 
 
 def sums_by_name(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,15 +60,13 @@ def sums_by_name(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> d
         tensors: by name.
         like: names and shapes of all there may be, the same on every rank.
     """
-    if _GROUP.get() is None:
+    if _GROUP.get() is None or any(map(is_sharded, like.values())):
         return dict(tensors)
     filled = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in like]
-    first, there = filled[0], [name in tensors for name in like]
-    counts = torch.tensor(there, dtype=first.dtype, device=first.device)
-    *sums, counts = sums_over_ranks([*filled, counts])
+    *sums, counts = sums_over_ranks([*filled, filled[0].new_tensor([n in tensors for n in like])])
     # Looking waits for the device: only where a parameter took no part, on this rank at least.
-    taken = [True] * len(like) if len(tensors) == len(like) else (counts > 0).tolist()
-    return {n: total for n, total, there in zip(like, sums, taken, strict=True) if there}
+    present = [True] * len(like) if len(tensors) == len(like) else (counts > 0).tolist()
+    return {n: total for n, total, there in zip(like, sums, present, strict=True) if there}
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -133,20 +131,24 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
                 f"`model` must not hold {name}, which forwards at other parameters would not "
                 f"leave alone. {_REMEDY}"
             )
-    sharded: dict[str, Any] = {n: p for n, p in parameters_of(inner).items() if is_sharded(p)}
-    by_fsdp = inner is model and sharded_modules(inner)
-    meshes = {parameter.device_mesh for parameter in sharded.values()}
-    for name, parameter in sharded.items():
-        # Of the dimensions of its mesh, fully_shard shards over the last, and copies over another.
-        copied = all(placement.is_replicate() for placement in parameter.placements[:-1])
-        mesh = parameter.device_mesh
-        covers = mesh.ndim == 1 or mesh.size() == dist.get_world_size()
-        if not by_fsdp or len(meshes) > 1 or not copied or not covers:
+    parameters: dict[str, Any] = parameters_of(inner)
+    meshes = {p.device_mesh for p in parameters.values() if is_sharded(p)}
+    for name, parameter in parameters.items() if meshes else ():
+        if is_sharded(parameter):
+            mesh = parameter.device_mesh
+            # Of its dimensions, fully_shard shards over the last, and copies over another.
+            copied = all(placement.is_replicate() for placement in parameter.placements[:-1])
+            covers = mesh.ndim == 1 or mesh.size() == dist.get_world_size()
+            by_fsdp = inner is model and sharded_modules(inner)
+            fits = by_fsdp and len(meshes) == 1 and copied and covers
+            group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+        else:
+            fits = not parameter.requires_grad  # else nobody adds up its gradient
+        if not fits:
             raise TypeError(
-                "`model` must have parameters that are whole, or sharded by fully_shard over one "
-                f"mesh, got {name} spread over several ranks in another way. {_REMEDY}"
+                "`model` must have all trainable parameters sharded by fully_shard over one mesh, "
+                f"or none, got {name} as an exception. {_REMEDY}"
             )
-        group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
     return inner, group
 
 

@@ -6,7 +6,8 @@ The tangent of BatchNorm is its backward: with y = γ·x̂ + β, x̂ = (x − me
 
     ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
 
-is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass.
+is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass; LayerNorm's is,
+but for γ, symmetric for each sample.
 
 All of this on the CPU; elsewhere, and in every other case, PyTorch's own forward mode runs.
 """
@@ -14,7 +15,7 @@ All of this on the CPU; elsewhere, and in every other case, PyTorch's own forwar
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +103,32 @@ def _batch_norm(
     return _dual(value, tangent)
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
+    tensors = (input, weight, bias)
+    if not all(map(is_plain, tensors)):
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    shape = list(normalized_shape)
+    value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+    tangent = torch.ops.aten.native_layer_norm_backward(
+        dx, x, shape, mean, inverse, None, None, [True, False, False]
+    )[0]
+    if weight is not None:
+        tangent *= weight
+    if dweight is not None:
+        tangent += torch.native_layer_norm(x, shape, dweight, dbias, eps)[0]
+    return _dual(value, tangent)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -135,6 +162,7 @@ def _attention(
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
 }
 

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
-from reweight.shards import is_sharded, shards_at
+from reweight.shards import placed
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 T = TypeVar("T")
@@ -84,11 +83,10 @@ class ExitForward:
     ) -> T:
         """The forward at these parameters, the others as they are, on copies of these buffers.
 
-        Within a dual level, parameters may be given tangents.
-
-        What is to be done with the losses, gradients above all, is done by ``then``, while the
-        parameters are in place: activation checkpointing runs the model again in the backward.
-        Compiled models run uncompiled. The model, not the loss, is called ``within`` the context.
+        With tangents of some parameters it is one of dual numbers. What is to be done with the
+        losses, gradients above all, is done by ``then``, while the parameters are in place:
+        activation checkpointing runs the model again in the backward. Compiled models run
+        uncompiled. The model, not the loss, is called ``within`` the context.
         """
 
         def run() -> T:
@@ -101,16 +99,9 @@ class ExitForward:
                 "`parametrize.cached()` must not be around a step: it would keep the parameters of "
                 "one pass for the next."
             )
-        swapped = {f"model.{name}": buffer.clone() for name, buffer in buffers.items()}
-        shards, tangents = {}, tangents or {}
-        for name, tensor in parameters.items():
-            if is_sharded(tensor):
-                shards[name] = tensor
-            elif name in tangents:
-                swapped[f"model.{name}"] = forward_ad.make_dual(tensor, tangents[name])
-            else:
-                swapped[f"model.{name}"] = tensor
-        with shards_at(self._model, shards, tangents) if shards else nullcontext():
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        with placed(self._inner, parameters, tangents or {}) as rest:
+            swapped = {f"model.{name}": tensor for name, tensor in {**copies, **rest}.items()}
             result: T = functional_call(self._holder, swapped, (run,))
         return result
 

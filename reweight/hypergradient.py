@@ -22,7 +22,7 @@ from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
 from reweight.optimizers import Parameters
-from reweight.problem import MetaProblem
+from reweight.problem import MetaProblem, leaves
 from reweight.shards import whole
 
 _logger = logging.getLogger("reweight")
@@ -97,44 +97,41 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     weights = problem.weights.detach().requires_grad_()
     update = problem.update(problem.train_gradients(weights, create_graph=True))
     meta_loss, (value,) = problem.meta_loss(
-        update.parameters, lambda meta_loss: _grad(meta_loss.value, [weights])
+        update.parameters, lambda meta_loss, _: _grad(meta_loss.value, [weights])
     )
     return Hypergradient(value, meta_loss, update.num_zero_moments)
 
 
 def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]:
     """V = (∂U/∂gradient)ᵀ c by name, and what it was computed from."""
-    # ∇θ L_tr becomes a leaf: what is differentiated below is the optimizer's arithmetic alone.
-    gradients = _leaves(problem.train_gradients(problem.weights))
-    update = problem.update(gradients)
-    updated = _leaves(update.parameters)
-    moved = {name: updated[name] for name in gradients}
+    gradients, update = problem.look_ahead()
 
-    def cotangent(meta_loss: MetaLoss) -> tuple[Tensor, ...]:
+    def cotangent(meta_loss: MetaLoss, updated: Parameters) -> tuple[Tensor, ...]:
         found = problem.gradients_at(
-            moved, meta_loss.value, problem.scaled(torch.ones_like(meta_loss.value))
+            {name: updated[name] for name in gradients},
+            meta_loss.value,
+            problem.scaled(torch.ones_like(meta_loss.value)),
+            retain_graph=problem.keep_meta_graph,
         )
-        return tuple(torch.zeros_like(moved[n]) if g is None else g for n, g in found.items())
+        return tuple(torch.zeros_like(updated[n]) if g is None else g for n, g in found.items())
 
-    meta_loss, cotangents = problem.meta_loss(updated, cotangent)  # c
+    meta_loss, cotangents = problem.meta_loss(leaves(update.parameters), cotangent)  # c
     tangents = _grad(
-        [update.parameters[name] for name in moved],
+        [update.parameters[name] for name in gradients],
         list(gradients.values()),
         sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
     )
-    return dict(zip(moved, tangents, strict=True)), meta_loss, update.num_zero_moments
+    return dict(zip(gradients, tangents, strict=True)), meta_loss, update.num_zero_moments
 
 
-def _grad(outputs: Any, inputs: Any, cotangents: Any = None) -> tuple[Tensor, ...]:
+def _grad(
+    outputs: Any, inputs: Any, cotangents: Any = None, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
     """Gradients, 0 where nothing depends on an input, and never sparse."""
     gradients = torch.autograd.grad(
-        outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+        outputs, inputs, cotangents, retain_graph, allow_unused=True, materialize_grads=True
     )
     return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
-
-
-def _leaves(tensors: Parameters) -> Parameters:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 ESTIMATORS = ("auto", "forward", "finite_difference", "unrolled")

@@ -14,11 +14,19 @@ from reweight.forwards import Beginning, ExitForward, Gradients, working_precisi
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
 from reweight.optimizers import Parameters
-from reweight.shards import is_sharded
+from reweight.shards import is_sharded, parameters_of
 from reweight.updates import PseudoUpdate
 from reweight.values import Values
 
-Judge: TypeAlias = Callable[[MetaLoss], tuple[Tensor, ...]]
+Judge: TypeAlias = Callable[[MetaLoss, Parameters], tuple[Tensor, ...]]
+"""Takes L_meta and what holds θ̂ by name, for as long as it does."""
+
+
+class LookAhead(NamedTuple):
+    """The step that is judged, of gradients that are leaves: the optimizer's arithmetic alone."""
+
+    gradients: Parameters
+    update: PseudoUpdate
 
 
 class FirstForward(NamedTuple):
@@ -29,25 +37,27 @@ class FirstForward(NamedTuple):
         beginning: what it began with.
         losses: what it came to, with its graph.
         values: what its products came to.
-        parameters: all of the model, by name.
         moved: the parameters that the look-ahead moves, by name.
         accumulated: the gradients that those of L_tr are added to, by name.
         sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
             in mean_i, times the scale of the call.
         keep_graph: whether the graph of the losses is wanted once more.
         gradients: what came of that, where the backward has been run already, by name.
+        before: what the optimizer's parameters were, where it has stepped since, by name.
+        ahead: and what that step depends on.
     """
 
     batch: Batch
     beginning: Beginning
     losses: ExitLosses
     values: Values
-    parameters: Parameters
     moved: Parameters
     accumulated: Parameters
     sample_shares: Tensor
     keep_graph: bool
     gradients: Parameters | None = None
+    before: Parameters | None = None
+    ahead: LookAhead | None = None
 
 
 def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
@@ -62,12 +72,18 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
+def leaves(tensors: Parameters) -> Parameters:
+    """The same numbers, with nothing before them."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True)
 class MetaProblem:
     """One meta step, as functions of the parameters.
 
     Attributes:
         parameters: θ, the parameters that the optimizer moves (or some of them), by name.
+        everything: all parameters of the model.
         losses: l[i,k] at θ, shape [B, K], with its graph.
         values: what the products of that forward came to.
         keep_graph: as in :class:`FirstForward`.
@@ -75,9 +91,10 @@ class MetaProblem:
         weights: w[i,k], shape [B, K], without a graph.
         accumulated: the gradients that those of L_tr are added to, by name.
         gradients: what came of that, if it is known already.
+        ahead: the step that is judged, if it has been made already.
         update: U, gradients → θ̂.
-        meta_loss: (θ̂, f) → f(L_meta), with θ̂ in place while f runs.
-        everything: all parameters of the model.
+        meta_loss: (θ̂, f) → f(L_meta, θ̂), with θ̂ in place while f runs.
+        keep_meta_graph: whether the graph of the meta losses is wanted once more.
         replay: (some of θ, tangents of some, context) → l, the same forward once more, random state
             included, without a graph, of some of the rows; the model is called within the context.
         spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
@@ -86,6 +103,7 @@ class MetaProblem:
     """
 
     parameters: Parameters
+    everything: Parameters
     losses: Tensor
     values: Values
     keep_graph: bool
@@ -93,9 +111,10 @@ class MetaProblem:
     weights: Tensor
     accumulated: Parameters
     gradients: Parameters | None
+    ahead: LookAhead | None
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
-    everything: Parameters
+    keep_meta_graph: bool
     replay: Callable[[Parameters, Parameters, AbstractContextManager[Any]], Tensor]
     spread: Callable[[Tensor], Tensor]
     grad_scale: Tensor | None
@@ -128,27 +147,34 @@ class MetaProblem:
     def gradients_at(
         self, parameters: Parameters, outputs: Tensor, cotangents: Tensor, **options: bool
     ) -> dict[str, Tensor | None]:
-        """∂outputs/∂parameters, where these are in place, by name; None if nothing depends on one.
+        """∂outputs/∂parameters by name, never sparse; None if the outputs do not depend on one.
 
         Those of this rank; for shards the sum over all, which FSDP's backward brings to ``.grad``.
         """
         if not any(map(is_sharded, parameters.values())):
-            found = torch.autograd.grad(
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 outputs, list(parameters.values()), cotangents, allow_unused=True, **options
             )
-            return {
-                name: None if gradient is None else _dense(gradient)
-                for name, gradient in zip(parameters, found, strict=True)
-            }
-        leaves = {n: self.parameters[n] if is_sharded(p) else p for n, p in parameters.items()}
-        before = Gradients(self.everything.values())
-        before.clear()
-        try:
-            # Times the ranks, for that is a mean.
-            outputs.backward(num_ranks() * cotangents, retain_graph=options.get("retain_graph"))
-            return {name: leaf.grad for name, leaf in leaves.items()}
-        finally:
-            before.restore()
+        else:
+            before = Gradients(self.everything.values())
+            before.clear()
+            try:
+                # Times the ranks, for that is a mean.
+                outputs.backward(num_ranks() * cotangents, **options)
+                found = tuple(parameter.grad for parameter in parameters.values())
+            finally:
+                before.restore()
+        return {
+            name: None if gradient is None else _dense(gradient)
+            for name, gradient in zip(parameters, found, strict=True)
+        }
+
+    def look_ahead(self) -> LookAhead:
+        """The step with these weights."""
+        if self.ahead is not None:
+            return self.ahead
+        gradients = leaves(self.train_gradients(self.weights))
+        return LookAhead(gradients, self.update(gradients))
 
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""
@@ -166,33 +192,39 @@ def meta_problem(
     objective: Objective,
     first: FirstForward,
     rows: Tensor | None,
-    meta: Batch,
+    meta: Batch | ExitLosses,
     weights: Tensor,
     update: Callable[[Parameters], PseudoUpdate],
     grad_scale: Tensor | None,
 ) -> MetaProblem:
     """The meta step after that first forward; the state is now's.
 
-    Of its batch the estimator sees these rows, or all if they are None.
+    Of its batch the estimator sees these rows, or all if they are None. The meta batch may have
+    gone through the updated model already: then ``meta`` is its losses, with their graph.
     """
-    after = Beginning(model)
+    after, everything = Beginning(model), parameters_of(model)
     batch, losses = first.batch, first.losses.losses
     if rows is not None:
         batch = rows_of(batch[0], rows), rows_of(batch[1], rows)
 
     def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+        in_place = isinstance(meta, ExitLosses)
+        holders = {n: everything[n] if in_place or is_sharded(p) else p for n, p in at.items()}
+
         def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
             value, shares = require_meta_loss(objective(losses))
-            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares))
+            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares), holders)
 
+        if isinstance(meta, ExitLosses):
+            return then(meta)
         after.random_state.restore()
         return forward.at(at, after.buffers, *meta, then)
 
     def replay(at: Parameters, tangents: Parameters, within: AbstractContextManager[Any]) -> Tensor:
         first.beginning.random_state.restore()
-        detached = {name: parameter.detach() for name, parameter in first.parameters.items()}
+        detached = {name: parameter.detach() for name, parameter in everything.items()}
         return forward.at(
-            {**detached, **at},
+            {**detached, **(first.before or {}), **at},
             first.beginning.buffers,
             *batch,
             lambda exits: exits.losses,
@@ -212,7 +244,7 @@ def meta_problem(
 
     return MetaProblem(
         parameters=first.moved,
-        everything=first.parameters,
+        everything=everything,
         losses=losses,
         values=first.values,
         keep_graph=first.keep_graph,
@@ -220,8 +252,10 @@ def meta_problem(
         weights=weights.detach(),
         accumulated=first.accumulated,
         gradients=first.gradients,
+        ahead=first.ahead,
         update=update,
         meta_loss=meta_loss,
+        keep_meta_graph=isinstance(meta, ExitLosses),
         replay=replay,
         spread=spread,
         grad_scale=grad_scale,

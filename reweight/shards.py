@@ -27,14 +27,43 @@ def whole(tensor: Tensor) -> Tensor:
     return result
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, without a graph, or a plain tensor as it is."""
+    result: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return result
+
+
+def shard_like(tensor: Any, part: Any) -> Any:
+    """This rank's shard of what is sharded as the tensor is; numbers and plain ones as they are."""
+    if not is_sharded(tensor) or not isinstance(part, Tensor) or part.dim() == 0:
+        return part
+    return type(tensor).from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Those on which ``fully_shard`` was called."""
     loaded = sys.modules.get("torch.distributed.fsdp")
     return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
 
 
-def begin_anew(model: nn.Module) -> None:
-    """After a pass that failed: what FSDP keeps of it, gathered parameters first, is let go of."""
+@contextmanager
+def begin_anew(model: nn.Module) -> Iterator[None]:
+    """If what is within fails, what FSDP keeps of it, gathered parameters first, is let go of."""
+    try:
+        yield
+    except BaseException:
+        _let_go(model)
+        raise
+
+
+def _let_go(model: nn.Module) -> None:
     for parameter in _state_of_parameters(model):
         if hasattr(parameter, "_unsharded_param"):
             parameter._unsharded_param.grad = None
@@ -80,23 +109,30 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def shards_at(
+def placed(
     model: nn.Module, parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
-) -> Iterator[None]:
+) -> Iterator[dict[str, Tensor]]:
     """Sharded parameters at these values by name, and with these tangents; bitwise back afterwards.
 
-    As with plain tensors, the forward makes a graph only for those that require a gradient.
+    Gives back the rest, dual where there is a tangent, which the caller has to put in place. As
+    with plain tensors, the forward makes a graph only for shards that require a gradient.
     """
+    rest = {
+        name: forward_ad.make_dual(value, tangents[name]) if name in tangents else value
+        for name, value in parameters.items()
+        if not is_sharded(value)
+    }
+    if len(rest) == len(parameters):
+        yield rest
+        return
     ours = parameters_of(model)
-    shards = {name: _local(ours[name]) for name in parameters}
-    values = {name: _local(value) for name, value in parameters.items()}
+    values = {name: local(value) for name, value in parameters.items() if name not in rest}
+    shards = {name: local(ours[name]) for name in values}
     before = {
         name: shard.clone() for name, shard in shards.items() if not shard.is_set_to(values[name])
     }
     constants = {
-        id(ours[name]): tangents.get(name)
-        for name, value in parameters.items()
-        if not value.requires_grad
+        id(ours[name]): tangents.get(name) for name in values if not parameters[name].requires_grad
     }
     places = {
         (module, name): constants[id(parameter)]
@@ -110,7 +146,7 @@ def shards_at(
         try:
             for name in before:
                 shards[name].copy_(values[name])
-            yield
+            yield rest
         finally:
             parameters_of(model)
             for name, value in before.items():
@@ -161,8 +197,3 @@ def _hooks(module: Any, places: dict[tuple[nn.Module, str], Tensor | None]) -> I
         unseen.close()
         for handle in handles:
             handle.remove()
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.detach().to_local()
-    return local

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
-from reweight.batches import Batch, drawn_rows, unpack
+from reweight.batches import Batch, unpack
 from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
 from reweight.forwards import (
     Beginning,
@@ -20,24 +20,15 @@ from reweight.forwards import (
     plain_attention,
     require_graph,
 )
-from reweight.hypergradient import ESTIMATORS, estimate
 from reweight.learner import ReweighterLearner
+from reweight.lookahead import Lookahead
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
-from reweight.optimizers import (
-    AnyOptimizer,
-    Exactness,
-    Parameters,
-    as_optimizers,
-    check_differentiable,
-    held_by,
-    held_parameters,
-)
-from reweight.problem import FirstForward, gradients_of, meta_problem
+from reweight.optimizers import AnyOptimizer, Exactness, as_optimizers, held_by
+from reweight.problem import FirstForward, gradients_of
 from reweight.result import StepResult, Update
-from reweight.reweighter import SampleReweighter, check_choice, check_positive
-from reweight.shards import begin_anew, parameters_of, require_reduced, sharded_modules
-from reweight.updates import pseudo_update
+from reweight.reweighter import SampleReweighter
+from reweight.shards import begin_anew, parameters_of
 from reweight.values import Values
 
 
@@ -52,10 +43,10 @@ class MetaReweightStep:
 
     Args:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
-            ``DistributedDataParallel`` the batch is that of all ranks joined.
-        optimizer: one, or a list of several, of torch.optim or torchopt; groups, learning rates and
-            state are read at every step and never changed. A bare gradient transformation of
-            torchopt gets an optimizer: ``step.optimizers[0]``.
+            ``DistributedDataParallel`` the step is that of the batches of all ranks joined.
+        optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
+            parameters; groups, learning rates and state are read at every step and never changed.
+            A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
         reweighter_optimizer: moves the reweighter. Default, as published: Adam with weight decay
             1e-4 and learning rate 1e-4, or 1e-3 for the sigmoid form.
@@ -63,33 +54,35 @@ class MetaReweightStep:
         interval: update the reweighter at every interval-th call of ``backward``, beginning with
             the first. Default 1 (the publication uses 1 for CIFAR, 100 for ImageNet).
         estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
-            forwards), "unrolled" (exact, double backward; slower and larger), or "auto" (default):
-            forward, until an operation of the model has no forward mode, and finite differences
-            from then on; the log says which operation it was.
+            forwards), "unrolled" (exact, double backward; slower and larger, for reference), or
+            "auto" (default): forward, until an operation of the model has no forward mode, and
+            finite differences from then on; the log says which operation it was.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
             own step cannot be differentiated.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
-        clip_grad_norm: the norm to which you clip the optimizer's gradient before its step, so that
-            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        clip_grad_norm: the norm to which you clip the gradient of the optimizer's parameters before
+            ``optimizer.step()``, so that the pseudo update does so too. Calling the step clips by
+            itself. Default: no clipping.
         clip_hypergradient: the largest norm of ∂L_meta/∂w that reaches the reweighter; larger ones
             are scaled down to it. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
         lean: give up the graph of the train batch before the meta pass and make it again after it:
             about the memory of a plain step, for one more forward; the same results. Default: keep.
-        lagged: train first and learn from that step, which saves a backward: what is learned acts
-            one step later. Default: learn first.
+        lagged: train first and learn from that step, which saves a backward, or, with no meta batch
+            given, a meta pass as well: what is learned acts one step later. Default: learn first.
         train_fraction: the share of the train batch, drawn anew at each update, whose weights are
             learned from: the faster, the noisier, and unbiased but for batch statistics. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step cannot be differentiated, or the model is sharded.
-        ValueError: an argument is out of range or not the same on every rank, or the optimizer
-            holds none of the parameters.
+        TypeError: the optimizer's step cannot be differentiated, or the model is spread over
+            processes otherwise than by ``DistributedDataParallel``.
+        ValueError: an argument is out of range or another on another rank, or the optimizer holds
+            none of the parameters.
 
     Example:
         >>> model = nn.Linear(4, 3)  # a single exit; with more, return the logits of each
@@ -124,36 +117,36 @@ class MetaReweightStep:
     ) -> None:
         if interval < 1:
             raise ValueError(f"`interval` must be at least 1, got {interval}.")
-        check_choice("estimator", estimator, ESTIMATORS)
-        check_choice("pseudo_update", pseudo_update, ("exact", "gradient_descent"))
-        check_positive("clip_grad_norm", clip_grad_norm)
-        if not 0 < train_fraction <= 1:
-            raise ValueError(f"`train_fraction` must lie in (0, 1], got {train_fraction}.")
         if estimator == "unrolled" and (lagged or train_fraction < 1):
             raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
         self._inner, self._group = unwrap(model)
-        if estimator == "unrolled" and sharded_modules(self._inner):
-            raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
         self.model, self.reweighter = model, reweighter
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
-        for one in self.optimizers:
-            check_differentiable(one, pseudo_update)
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.reweighter_optimizer = self._learner.optimizer
-        self.objective = BudgetedObjective() if objective is None else objective
-        self.interval, self.estimator, self.pseudo_update = interval, estimator, pseudo_update
-        self.clip_grad_norm, self.scaler, self.lean = clip_grad_norm, scaler, lean
-        self.lagged, self.train_fraction, self.moves = lagged, train_fraction, moves
+        self.interval, self.lean, self.lagged = interval, lean, lagged
         self._forward = ExitForward(model, self._inner, exits, loss)
-        if not self._moved_parameters():
-            raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
+        self._lookahead = Lookahead(
+            model=self._inner,
+            forward=self._forward,
+            optimizers=self.optimizers,
+            objective=BudgetedObjective() if objective is None else objective,
+            estimator=estimator,
+            exactness=pseudo_update,
+            clip_grad_norm=clip_grad_norm,
+            scaler=scaler,
+            train_fraction=train_fraction,
+            moves=moves,
+        )
+        self._postponed: FirstForward | None = None
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
         with joined(self._group):
             self._learner.require_same(options, next(model.parameters()).device)
 
-    def __call__(self, train: Batch, meta: Batch) -> StepResult:
+    def __call__(self, train: Batch, meta: Batch | None = None) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
-        if self.scaler is not None and self.scaler.is_enabled():
+        scaler, max_norm = self._lookahead.scaler, self._lookahead.clip_grad_norm
+        if scaler is not None and scaler.is_enabled():
             raise ValueError(
                 "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
                 "and scaler.update() in its place."
@@ -165,99 +158,107 @@ class MetaReweightStep:
         except BaseException:
             gradients.restore()
             raise
-        if self.clip_grad_norm is not None:
-            held = held_parameters(self._inner, self.optimizers)
-            nn.utils.clip_grad_norm_(held.values(), self.clip_grad_norm)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(self._lookahead.held().values(), max_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         return result
 
-    def backward(self, train: Batch, meta: Batch, *, scale: float = 1.0) -> StepResult:
+    def backward(
+        self, train: Batch, meta: Batch | None = None, *, scale: float = 1.0
+    ) -> StepResult:
         """Update the reweighter if it is due, then add the gradient of L_tr to ``.grad``.
 
         What ``.grad`` holds already counts as part of the optimizer's next step.
 
         Args:
             train: (inputs, target) of the batch to train on.
-            meta: (inputs, target) of the batch that judges the step.
+            meta: (inputs, target) of the batch that judges the step. With ``lagged`` it may be left
+                out: then the train batch of the next call judges it, in the forward that it trains
+                by. Call ``optimizer.step()`` in between, and leave this batch as it is until then.
             scale: factor of the gradient; 1/n where the gradients of n calls are accumulated for
                 one step, so that they add up to a mean.
 
         Raises:
             TypeError: a batch is not a pair, or the model returns something unexpected.
-            ValueError: shapes or numbers of exits disagree, a batch is empty, a target is out of
-                range, or no loss depends on a parameter. Nothing has changed then, unless the very
-                last backward fails while gradients are accumulated.
+            ValueError: shapes or numbers of exits disagree, a batch is empty or missing, a target
+                is out of range, or no loss depends on a parameter. Nothing has changed then, unless
+                the very last backward fails while gradients are accumulated.
         """
-        train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
-        parameters = parameters_of(self._inner)
+        train = unpack(train, "`train`")
+        if meta is not None:
+            meta = unpack(meta, "`meta`")
+        elif not self.lagged:
+            raise TypeError("`meta` must be a pair (inputs, target) unless lagged=True, got None.")
+        waiting, postponed = self._postponed if meta is None else None, None
         beginning, values, update = Beginning(self._inner), Values(), None
         due = self._learner.num_calls % self.interval == 0 and self._learner.is_trainable
-        moved, lagged = self._moved_parameters() if due else {}, due and self.lagged
+        moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
-        gradients = Gradients(parameters.values(), copy=lagged)
+        gradients = Gradients(parameters_of(self._inner).values(), copy=lagged)
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
-        keep = not (self.lean or unsettled)
+        lean = self.lean or unsettled
         forward = partial(self._forward, *train, beginning=beginning)
         try:
-            with self._attention(), joined(self._group):
-                noting = values if due else None
-                losses = require_graph(forward(within=noting, wrapped=not unsettled))
+            with self._attention(), joined(self._group), begin_anew(self._inner):
+                within = values if due else None
+                losses = require_graph(forward(within=within, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
                 first = FirstForward(
-                    train, beginning, losses, values, parameters, moved, grads, shares, keep
+                    train, beginning, losses, values, moved, grads, shares, keep_graph=not lean
                 )
-                if due and not lagged:
+                if waiting is not None:
+                    update = self._update(waiting, losses)
+                if due and not lagged and meta is not None:
                     update = self._update(first, meta)
-                    if not keep:  # once more from the beginning: the same losses, a new graph
+                    if lean:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
                         losses = forward()
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
-                coefficients = self._scaled(num_ranks() * shares * weights)
-                losses.losses.backward(coefficients, retain_graph=lagged and keep)
-                if lagged:  # the graph was kept for its values, not for another backward
+                coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
+                # The graph may be kept for its values, not for another backward.
+                losses.losses.backward(coefficients, retain_graph=lagged and not lean)
+                if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
-                    update = self._update(first._replace(gradients=grads), meta)
+                    first = first._replace(gradients=grads)
+                    if meta is None:
+                        postponed = self._lookahead.postponed(first, weights)
+                    else:
+                        update = self._update(first, meta)
         except BaseException:
-            begin_anew(self._inner)
             beginning.restore()
             gradients.restore()
             if update is not None:
                 update.undo()
             raise
         self._learner.num_calls += 1
+        self._postponed = postponed
         return StepResult.of(losses, weights, update)
 
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
         """Update the reweighter and nothing else, for loops that keep their own forward.
 
         Parameters, buffers, ``.grad``, optimizer state and random state stay bitwise as they are.
-        What ``.grad`` holds and ``interval`` play no part; arguments, returns and errors are those
-        of :meth:`backward`.
+        ``.grad`` and ``interval`` play no part; arguments and errors are as in :meth:`backward`.
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         self._learner.require_trainable()
-        parameters, moved = parameters_of(self._inner), self._moved_parameters()
-        beginning, values, keep = Beginning(self._inner), Values(), not self.lean
+        beginning, values = Beginning(self._inner), Values()
+        moved, keep = self._lookahead.moved(), not self.lean
 
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:
             shares = require_graph(losses).sample_shares()
-            first = FirstForward(
-                train, beginning, losses, values, parameters, moved, {}, shares, keep
-            )
+            first = FirstForward(train, beginning, losses, values, moved, {}, shares, keep)
             update = self._update(first, meta)
             with torch.no_grad():
                 return losses, self._learner.weights(losses), update
 
         try:
-            with self._attention(), joined(self._group):
+            with self._attention(), joined(self._group), begin_anew(self._inner):
                 learnt = self._forward.at({}, beginning.buffers, *train, learn, within=values)
-        except BaseException:
-            begin_anew(self._inner)
-            raise
         finally:
             beginning.random_state.restore()
         return StepResult.of(*learnt)
@@ -270,44 +271,25 @@ class MetaReweightStep:
         """Go on from a :meth:`state_dict`, or raise ValueError with nothing loaded."""
         self._learner.load_state_dict(state_dict)
 
-    def _update(self, first: FirstForward, meta: Batch) -> Update:
+    def _update(self, first: FirstForward, meta: Batch | ExitLosses) -> Update:
         """Learn from one meta step after the forward of the train batch."""
-        require_reduced(self._inner)
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        losses, after = first.losses, Beginning(self._inner)
-        weights = self._learner.weights(losses)
-        problem = meta_problem(
-            forward=self._forward,
-            model=self._inner,
-            objective=self.objective,
-            first=first,
-            rows=drawn_rows(first.batch, self.train_fraction, seed=self._learner.num_calls),
-            meta=meta,
-            weights=weights,
-            update=partial(
-                pseudo_update,
-                self.optimizers,
-                first.moved,
-                exactness=self.pseudo_update,
-                clip_grad_norm=self.clip_grad_norm,
-            ),
-            grad_scale=None if self.scaler is None else self._scaled(losses.losses.new_ones(())),
-        )
-        hypergradient, self.estimator = estimate(self.estimator, problem)
+        after, weights = Beginning(self._inner), self._learner.weights(first.losses)
+        seed = self._learner.num_calls
+        hypergradient = self._lookahead.hypergradient(first, meta, weights, seed)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
-        return self._learner.learn(losses, weights, hypergradient)
+        return self._learner.learn(first.losses, weights, hypergradient)
 
     @property
     def num_skipped(self) -> Tensor:
         """How many updates of the reweighter were left out for a value that was not finite."""
         return self._learner.num_skipped
 
-    def _moved_parameters(self) -> Parameters:
-        return held_parameters(self._inner, self.optimizers, self.moves)
-
-    def _scaled(self, tensor: Tensor) -> Tensor:
-        return tensor if self.scaler is None else self.scaler.scale(tensor)
+    @property
+    def estimator(self) -> str:
+        """The estimator in use; "auto" until it has been decided."""
+        return self._lookahead.estimator
 
     def _attention(self) -> AbstractContextManager[None]:
         return plain_attention() if self.estimator == "unrolled" else nullcontext()

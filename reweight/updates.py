@@ -1,11 +1,12 @@
 """The pseudo update θ̂ = U(θ, ∇θ L_tr): the optimizer's next step, made differentiable.
 
 It starts from the param groups, learning rates and state of the real optimizer and changes none of
-them. Rules that torchopt has are in :mod:`reweight.rules`; what it lacks runs as the stock class of
-``torch.optim`` on copies, and an optimizer of torchopt itself as it is.
+them. What :mod:`reweight.rules` lacks runs as the stock class of ``torch.optim`` on copies, and an
+optimizer of torchopt as it is.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType
@@ -18,8 +19,8 @@ from torchopt.base import UninitializedState
 from torchopt.transform.scale_by_adadelta import ScaleByAdadeltaState
 
 from reweight.optimizers import AnyOptimizer, Exactness, Parameters, groups_of
-from reweight.rules import RULES, SECOND_MOMENTS, Group
-from reweight.shards import whole
+from reweight.rules import RULES, Count, Group, Moments, Step
+from reweight.shards import local, shard_like
 
 
 class PseudoUpdate(NamedTuple):
@@ -28,7 +29,8 @@ class PseudoUpdate(NamedTuple):
     Attributes:
         parameters: θ̂ by name, differentiable in the gradients.
         num_zero_moments: how many entries have no derivative, because gradient and second moment
-            are both 0 there (dead units, a bias before BatchNorm); it is taken as 0.
+            are both 0 there (dead units, a bias before BatchNorm), or for want of a finite slope;
+            it is taken as 0.
     """
 
     parameters: Parameters
@@ -92,42 +94,112 @@ def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
 def _by_torch(
     optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """One group of an optimizer of torch.optim."""
-    sign, decay = -1 if group.get("maximize") else 1, group.get("weight_decay", 0)
-    decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    coupled = 0 if decoupled else decay
-    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-    second_moment = SECOND_MOMENTS.get(type(optimizer))
-    if second_moment is not None:
-        # A new moment of 0: the old one is, and the square of the descent, which may underflow.
-        share = 1 - group.get("alpha", group.get("betas", (0, 0))[-1])
-        least = group["eps"] if type(optimizer) is optim.Adamax else 0  # what it adds to the moment
-        masks = [
-            (state.get(second_moment, zero) <= least)
-            & (share * (sign * g.detach() + coupled * p.detach()).square() == 0)
-            for p, g, state in zip(parameters, gradients, states, strict=True)
-        ]
-        gradients = [_cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
-        zero = torch.stack([whole(mask.sum()) for mask in masks]).sum()
+    """One group of an optimizer of torch.optim; by a rule, shard by shard."""
     if type(optimizer) not in RULES or group.get("amsgrad"):
-        return _by_stock_class(optimizer, group, parameters, gradients), zero
+        return _by_stock_class(optimizer, group, parameters, gradients)
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    moved = list(parameters)
+    num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+    for members in _together(parameters, states):
+        chosen = [local(parameters[i]) for i in members]
+        values, slope = _moved(
+            optimizer,
+            group,
+            _joined(chosen),
+            _joined([local(gradients[i].detach()) for i in members]),
+            {
+                name: _joined([local(states[i][name]) for i in members])
+                for name, value in states[members[0]].items()
+                if name != "step" and isinstance(value, Tensor)
+            },
+            _count(states[members[0]]),
+        )
+        slopes: Sequence[Tensor | float] = [slope] * len(members)
+        if isinstance(slope, Tensor) and slope.shape == values.shape:
+            num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
+            slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
+        for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
+            shards = [shard_like(gradients[i], part) for part in (value, slope)]
+            moved[i] = _Moved.apply(gradients[i], *shards)  # type: ignore[no-untyped-call]
+    return moved, num_zero
 
-    descents = tuple(sign * g for g in gradients) if sign < 0 else tuple(gradients)
-    start = [p.detach() for p in parameters]
-    if coupled != 0:
-        descents = tuple(d.add(p, alpha=coupled) for d, p in zip(descents, start, strict=True))
-    elif decay != 0:
-        start = [p * (1 - group["lr"] * decay) for p in start]
-    steps = RULES[type(optimizer)](group, states, descents)
-    moved = [p - group["lr"] * s for p, s in zip(start, steps, strict=True)]
-    return [m.to(p.dtype) for m, p in zip(moved, parameters, strict=True)], zero
+
+@torch.no_grad()
+def _moved(
+    optimizer: optim.Optimizer, group: Group, p: Tensor, g: Tensor, moments: Moments, count: Count
+) -> Step:
+    """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
+    lr, decay = group["lr"], group.get("weight_decay", 0)
+    decoupled = _is_decoupled(optimizer, group)
+    d = _descent(group, p, g, 0 if decoupled else decay)
+    start = p * (1 - lr * decay) if decoupled and decay else p
+    step, slope = RULES[type(optimizer)](group, moments, count, d)
+    moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
+    return moved.to(p.dtype), slope * (lr if group.get("maximize") else -lr)
+
+
+class _Moved(torch.autograd.Function):
+    """θ̂ as a function of the gradient, entry by entry, when it is known together with its slope."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, value: Tensor, slope: Tensor | float) -> Tensor:
+        ctx.slope = slope
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return (cotangent * ctx.slope).to(cotangent.dtype), None, None
+
+
+_SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
+
+
+def _together(parameters: list[Tensor], states: list[dict[str, Any]]) -> list[list[int]]:
+    """Which parameters go through a rule as one: small ones that have come equally far."""
+    found: dict[Any, list[int]] = defaultdict(list)
+    for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
+        count, small = _count(state), p.numel() <= _SMALL and p.is_contiguous()
+        moments = [name for name, value in state.items() if isinstance(value, Tensor)]
+        like = (count, p.device, p.dtype, *moments) if small and type(count) is float else i
+        found[like].append(i)
+    return list(found.values())
+
+
+def _count(state: dict[str, Any]) -> Count:
+    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
+    step = state.get("step", 0)
+    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
+    # In float64: β**count would otherwise be rounded to float32.
+    return (step.double() if on_device else float(step)) + 1
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+    return dense[0] if len(dense) == 1 else torch.cat([tensor.reshape(-1) for tensor in dense])
+
+
+def _parted(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
+    if len(like) == 1:
+        return [joined]
+    parts = joined.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _by_stock_class(
     optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """One group, by the class itself with ``differentiable=True``, on copies of all it changes."""
+    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+    if type(optimizer) is not optim.ASGD:
+        # A new second moment of 0: the old one is, and the square of the descent (may underflow).
+        coupled = 0 if _is_decoupled(optimizer, group) else group["weight_decay"]
+        masks = [
+            (optimizer.state.get(p, {}).get("exp_avg_sq", zero) == 0)
+            & ((1 - group["betas"][1]) * _descent(group, p, g.detach(), coupled).square() == 0)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        gradients = [_cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
+        zero = torch.stack([local(mask).sum() for mask in masks]).sum()
     copies = [p.detach().clone().requires_grad_().clone() for p in parameters]  # no leaves
     settings = {**group, "params": copies, "differentiable": True, "foreach": False}
     settings |= {name: False for name in ("fused", "capturable") if name in group}
@@ -145,7 +217,17 @@ def _by_stock_class(
             twin.state[moving] = state
         moving.grad = gradient
     twin.step()
-    return copies
+    return copies, zero
+
+
+def _is_decoupled(optimizer: optim.Optimizer, group: Group) -> bool:
+    return type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
+
+
+def _descent(group: Group, p: Tensor, g: Tensor, decay: float) -> Tensor:
+    """What the rule descends along: the gradient, with the weight decay that is coupled to it."""
+    d = -g if group.get("maximize") else g
+    return d.add(p, alpha=decay) if decay else d
 
 
 def _by_torchopt(
@@ -163,7 +245,7 @@ def _by_torchopt(
             if id(p) in given:
                 mask = (given[id(p)].detach() == 0) & (second_moment == 0)
                 given[id(p)] = _cut(given[id(p)], mask)
-                zero = zero + mask.sum()
+                zero = zero + local(mask).sum()
     start = tuple(p.detach() for p in members)
     with _first_call_kept(optimizer.impl):
         updates, _ = optimizer.impl.update(

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,17 @@ class Values(TorchFunctionMode):
             return None
         return call.result() if all(map(_same_bytes, call.tensors, product.tensors)) else None
 
+    def follow(self, copies: Mapping[int, Tensor]) -> None:
+        """Look for weights and biases in these copies from now on, by the id of what was copied."""
+        calls = [(func, call) for (func, _), queue in self._calls.items() for call in queue]
+        self._calls.clear()
+        for func, call in calls:
+            for trace in filter(None, call.tensors[1:]):
+                trace.follow(copies)
+            weight = None if call.tensors[1] is None else call.tensors[1]()
+            if weight is not None:
+                self._calls[func, weight.data_ptr()].append(call)
+
 
 class Product(NamedTuple):
     """A product to compute: its input, weight and bias, and all that it depends on besides."""
@@ -119,6 +130,13 @@ class _Trace:
         if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of
             return None
         return base.detach().as_strided(*self._place)
+
+    def follow(self, copies: Mapping[int, Tensor]) -> None:
+        """Find the same place of a copy, if it was copied as it is."""
+        base = self._base()
+        copy = None if base is None else copies.get(id(base))
+        if copy is not None and base is not None and copy.stride() == base.stride():
+            self._base, self._version = weakref.ref(copy), copy._version
 
 
 def is_plain(tensor: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py run: each its shard, or one process all of it."""
+"""What the ranks of test_distributed.py run: each case on its shard, or one process on all."""
 
 import contextlib
 import datetime
@@ -131,8 +131,8 @@ def train(
             with model.no_sync() if wait else contextlib.nullcontext():
                 result = step.backward(*batches, scale=1 / case.num_parts)
         if not case.just_call:
-            if step.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(inner.parameters(), step.clip_grad_norm)
+            if step._lookahead.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(inner.parameters(), step._lookahead.clip_grad_norm)
             optimizer.step()
         vectors.append(
             torch.cat([whole(p).detach().flatten() for p in parameters_of(inner).values()])
@@ -318,9 +318,7 @@ def other_kinds_of_parallel_models_are_refused(group: Any) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     split = make_model("mlp")
     parallelize_module(split, mesh, {"exits.0": ColwiseParallel()})
-    refused(
-        TypeError, "exits.0.weight spread over several .* wrap the whole model", lambda: make(split)
-    )
+    refused(TypeError, "exits.0.weight as an exception.* wrap the whole model", lambda: make(split))
     part = DistributedDataParallel(make_model("mlp"))
     refused(TypeError, "must not hold Distributed", lambda: make(nn.Sequential(part, nn.Tanh())))
     step = make_step(group)

@@ -8,6 +8,7 @@ from torch.optim import SGD, AdamW
 
 from cases import make_batch, make_model, warm_up
 from reweight import MetaReweightStep, SampleReweighter
+from reweight.values import Values
 
 MODELS = ["mlp", "conv_batch_norm"]
 
@@ -54,6 +55,90 @@ def test_a_lagged_step_trains_first_and_learns_the_same(model_name, optimizer_cl
         assert torch.equal(ours.grad, theirs.grad)
     for ours, theirs in zip(lagged.model.buffers(), exact.model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_the_next_train_batch_can_be_the_meta_batch(model_name, optimizer_class, lean) -> None:
+    """What is learned is bitwise what a lagged step learns with that batch as meta batch."""
+    train, following = batches(model_name)
+    given = make(model_name, optimizer_class, lagged=True)
+    shared = make(model_name, optimizer_class, lagged=True, lean=lean)
+    before = copy.deepcopy(given.reweighter)
+    one = given.backward(train, following)
+    assert shared.backward(train).meta_loss is None
+    assert torch.equal(vector(shared.reweighter), vector(before))
+    for ours, theirs in zip(shared.model.parameters(), given.model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    shared.optimizers[0].step()
+    shared.optimizers[0].zero_grad(set_to_none=False)
+    other = shared.backward(following)
+    # The look-ahead and the real step round the new parameters apart.
+    torch.testing.assert_close(
+        vector(given.reweighter), vector(shared.reweighter), rtol=1e-10, atol=1e-13
+    )
+    torch.testing.assert_close(one.hypergradient_norm, other.hypergradient_norm, rtol=1e-10, atol=0)
+    torch.testing.assert_close(one.meta_loss, other.meta_loss, rtol=1e-12, atol=0)
+    # And the batch that judged is trained on with the new weights.
+    with torch.no_grad():
+        assert torch.equal(other.weights, shared.reweighter(other.losses))
+    model = copy.deepcopy(shared.model)
+    model.zero_grad()
+    frozen = MetaReweightStep(
+        model,
+        SGD(model.parameters()),
+        copy.deepcopy(shared.reweighter).requires_grad_(False),
+        loss=shared._forward._loss,
+    )
+    frozen.backward(following, train)
+    for ours, theirs in zip(shared.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_meta_batch_between_forgets_what_waits() -> None:
+    step = make(lagged=True)
+    train, other = batches()
+    step(train)
+    assert step(train, other).meta_loss is not None
+    assert step(train).meta_loss is None
+    assert step(other).meta_loss is not None
+
+
+def test_what_waits_is_recalled_not_computed_again(monkeypatch) -> None:
+    """The products of the last forward are found at the copies of the weights."""
+    step = make("conv_batch_norm", lagged=True)
+    inputs, target = make_batch("conv_batch_norm")
+    train = inputs.repeat(256, 1, 1, 1), target.repeat(256)
+    step(train)
+    found = []
+
+    def recall(values, product):
+        found.append(original(values, product))
+        return found[-1]
+
+    original = Values.recall
+    monkeypatch.setattr(Values, "recall", recall)
+    step(train)
+    num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in step.model.modules())
+    assert num_convolutions
+    assert sum(value is not None for value in found) >= num_convolutions
+
+
+def test_a_call_that_fails_keeps_what_waits() -> None:
+    step = make(lagged=True)
+    train, other = batches()
+    step(train)
+    before, waiting = vector(step.reweighter), step._postponed
+    with pytest.raises(ValueError, match="`target` must lie in"):
+        step((other[0], other[1] + 100))
+    assert torch.equal(before, vector(step.reweighter))
+    assert step._postponed is waiting
+
+
+def test_only_a_lagged_step_does_without_a_meta_batch() -> None:
+    with pytest.raises(TypeError, match=r"`meta` must be a pair .* unless lagged=True"):
+        make().backward(make_batch("mlp"))
 
 
 def test_a_lagged_step_accumulates() -> None:
@@ -150,7 +235,7 @@ def test_a_choice_of_parameters_is_a_step_of_those_alone(estimator) -> None:
     train, meta = batches()
     step = make(optimizer_class=SGD, moves=lambda name: "exits" in name, estimator=estimator)
     alone = make(optimizer_class=SGD, estimator=estimator)
-    alone.optimizers = (SGD(alone.model.exits.parameters(), lr=0.05),)
+    alone._lookahead.optimizers = (SGD(alone.model.exits.parameters(), lr=0.05),)
     torch.testing.assert_close(
         change(step, train, meta), change(alone, train, meta), rtol=1e-9, atol=1e-12
     )

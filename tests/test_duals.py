@@ -167,6 +167,10 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, weight, bias, training=True)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
 IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 4, 6)
 RULES = {
     "linear": (F.linear, [(2, 3, 4), (5, 4), (5,)]),
@@ -174,6 +178,7 @@ RULES = {
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), [IMAGE, (6, 2, 3, 3), (6,)]),
     "conv_transpose2d": (F.conv_transpose2d, [IMAGE, (4, 2, 3, 3), (2,)]),
     "batch_norm": (batch_norm, [IMAGE, (4,), (4,)]),
+    "layer_norm": (layer_norm, [(2, 3, 4, 6), (4, 6), (4, 6)]),
     "attention": (attention(False), [HEADS, HEADS, HEADS]),
     "causal attention": (attention(True), [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)]),
 }

@@ -34,6 +34,7 @@ ORDER = [
     "updates",
     "problem",
     "hypergradient",
+    "lookahead",
     "result",
     "learner",
     "step",

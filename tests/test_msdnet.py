@@ -1,13 +1,13 @@
 """MSDNet against the costs and sizes published for it."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from msdnet import MSDNet
+from published_costs import PUBLISHED_EXTRAS, cumulated_costs, in_millions
 from reweight import exit_costs
 
 ANYTIME: dict[str, Any] = {"base": 4, "step": 2, "spacing": "even"}
@@ -48,48 +48,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-def multiply_adds(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
-    """Cost of one module by the published convention, in which ReLU and pooling count too."""
-    if isinstance(module, nn.Conv2d):
-        return module.weight.numel() * output[0, 0].numel()
-    if isinstance(module, nn.Linear):
-        return module.weight.numel() + module.bias.numel()
-    if isinstance(module, nn.ReLU):
-        return output.numel()
-    if isinstance(module, nn.AvgPool2d):
-        return inputs.numel()  # the windows neither overlap nor leave anything out
-    assert isinstance(module, nn.BatchNorm2d | nn.Flatten), "counts for nothing by convention"
-    return 0
-
-
-def cumulated_costs(model: MSDNet, images: Tensor) -> tuple[list[int], list[int]]:
-    """Multiply-adds and parameters of everything that ran before each exit's logits came."""
-    cost = size = 0
-    costs, sizes = [], []
-
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal cost, size
-        cost += multiply_adds(module, inputs[0], output)
-        size += sum(parameter.numel() for parameter in module.parameters())
-
-    def record(*_: Any) -> None:
-        costs.append(cost)
-        sizes.append(size)
-
-    for module in model.modules():
-        if not any(module.children()):
-            module.register_forward_hook(count)
-    for classifier in model.exits:
-        classifier.register_forward_hook(record)
-    with torch.no_grad():
-        model.eval()(images)
-    return costs, sizes
-
-
-def in_millions(numbers: list[int]) -> str:
-    return " ".join(f"{number / 1e6:.2f}" for number in numbers)
-
-
 @pytest.mark.parametrize("case", PUBLISHED)
 def test_costs_and_sizes_are_the_published_ones(case: str) -> None:
     settings, published_costs, published_sizes = PUBLISHED[case]
@@ -98,13 +56,6 @@ def test_costs_and_sizes_are_the_published_ones(case: str) -> None:
     assert in_millions(costs) == published_costs
     assert in_millions(sizes).endswith(published_sizes)
     assert sizes[-1] == sum(parameter.numel() for parameter in model.parameters())
-
-
-# The published convention, for a counter of which two operations are one multiply-add.
-PUBLISHED_EXTRAS = {
-    torch.ops.aten.relu: lambda x, *_, **__: 2 * math.prod(x),
-    torch.ops.aten.avg_pool2d: lambda x, *_, **__: 2 * math.prod(x),
-}
 
 
 @pytest.mark.parametrize("case", PUBLISHED)

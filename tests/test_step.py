@@ -621,7 +621,7 @@ BAD_CALLS = {
         "`meta` must hold at least one sample",
     ),
     "no pair": ({}, lambda t, m: (t[0], m), TypeError, "`train` must be a pair"),
-    "no meta pair": ({}, lambda t, m: (t, None), TypeError, "`meta` must be a pair.*NoneType"),
+    "no meta pair": ({}, lambda t, m: (t, None), TypeError, "`meta` must be a pair.*None"),
     "loss already averaged": (
         {"loss": lambda z, y: exit_cross_entropy(z, y).losses.mean()},
         lambda t, m: (t, m),

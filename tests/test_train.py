@@ -105,6 +105,35 @@ def test_kill_and_resume_end_bitwise_the_same(killed_after, undisturbed, tmp_pat
         assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+def test_two_processes_make_the_same_table(undisturbed, tmp_path) -> None:
+    """The perceptron has no BatchNorm: split batches give what whole ones do, but for rounding."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), *SETTINGS, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy (%)") == 1  # one process alone speaks
+    assert done.stdout.count("reweighted: epoch 3 of 3") == 1
+    for arm in train.ARMS:
+        ours, theirs = (
+            torch.load(out / f"{arm}.pt", weights_only=True)["model"]
+            for out in (tmp_path / "out", undisturbed)
+        )
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+    ours, theirs = (
+        json.loads((out / "results.json").read_text())["arms"]
+        for out in (tmp_path / "out", undisturbed)
+    )
+    for arm in train.ARMS:
+        assert ours[arm]["anytime_accuracy"] == pytest.approx(
+            theirs[arm]["anytime_accuracy"], abs=0.005
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -215,7 +215,7 @@ ZERO_MOMENTS = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax
 def test_zero_gradient_and_moment_have_derivative_zero_and_are_counted(name, options) -> None:
     parameter = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = getattr(torch.optim, name)([parameter], lr=0.1, weight_decay=0.0, **options)
-    for gradient in ([1.0, 0.0, 0.5], [0.3, 0.0, 0.2]):
+    for gradient in [[1.0, 0.0, 0.5], [0.3, 0.0, 0.2]] * 3:  # RAdam divides from the sixth step on
         parameter.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
     gradient = torch.tensor([0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
@@ -226,6 +226,20 @@ def test_zero_gradient_and_moment_have_derivative_zero_and_are_counted(name, opt
     assert derivative.isfinite().all()
     assert derivative[0] != 0
     assert derivative[2] != 0
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (100, 100)])
+@pytest.mark.parametrize("rule", ["adam", "adamw_tensor_lr", "sgd_tensor_lr", "rmsprop"])
+def test_no_slope_in_any_shape_makes_nan(rule: str, shape: tuple[int, ...]) -> None:
+    """Small parameters go through a rule together, large ones alone; here nothing has moved yet."""
+    model = nn.Module()
+    model.only = nn.Parameter(torch.zeros(shape))
+    optimizer = UPDATE_RULES[rule](model)
+    gradient = torch.zeros(shape, requires_grad=True)
+    update = pseudo_update([optimizer], {"only": model.only}, {"only": gradient})
+    (derivative,) = torch.autograd.grad(update.parameters["only"].sum(), gradient)
+    assert derivative.isfinite().all()
+    assert update.num_zero_moments == (0 if rule.startswith("sgd") else gradient.numel())
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])

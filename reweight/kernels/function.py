@@ -88,9 +88,9 @@ class ExitCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.implementation, ctx.rest = implementation, (ignore_index, label_smoothing)
         ctx.keep, ctx.merge, ctx.is_intact, ctx.is_needed = keep, merge, True, False
-        kept = exponentials if keep else [peak, *logits]
-        ctx.save_for_backward(target, confidence.clone(), *kept)
-        ctx.save_for_forward(target, *logits, *exponentials)
+        kept, statistics = exponentials if keep else [peak, *logits], confidence.clone()
+        ctx.save_for_backward(target, statistics, *kept)
+        ctx.save_for_forward(target, peak, statistics, *logits, *exponentials)
         return losses, confidence, correct, *exponentials
 
     @staticmethod
@@ -129,7 +129,7 @@ class ExitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Context, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """⟨p − q, dz⟩ of each row; dE = E·dz."""
-        target, *tensors = ctx.saved_tensors
+        target, peak, confidence, *tensors = ctx.saved_tensors
         num_exits = len(tangents) - 6
         like = tensors[0].chunk(num_exits) if ctx.merge else tensors
         moved = [
@@ -139,9 +139,14 @@ class ExitCrossEntropy(torch.autograd.Function):
         if ctx.merge:
             moved = [torch.cat(moved)]
         logits, exponentials = tensors[: len(moved)], tensors[len(moved) :]
-        slopes = (derivative(rows, target, *ctx.rest) for rows in logits)
-        products = [(slope * dz).sum(1) for slope, dz in zip(slopes, moved, strict=True)]
-        of_losses = torch.stack([counted(each, target, ctx.rest[0]) for each in products])
+        rest: tuple[int | None, float] = ctx.rest
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (*logits, *moved))
+        if ctx.implementation == "torch" and not graph and is_plain(*moved):
+            of_losses = torch_kernels.tangent(logits, target, *rest, peak, confidence, moved)
+        else:
+            slopes = (derivative(rows, target, *rest) for rows in logits)
+            products = [(slope * dz).sum(1) for slope, dz in zip(slopes, moved, strict=True)]
+            of_losses = torch.stack([counted(each, target, rest[0]) for each in products])
         of_exponentials = [e * dz for e, dz in zip(exponentials, moved, strict=ctx.keep)]
         return of_losses, None, None, *of_exponentials
 

@@ -89,6 +89,30 @@ def backward(
     return gradients
 
 
+def tangent(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int | None,
+    label_smoothing: float,
+    peak: Tensor,
+    confidence: Tensor,
+    moved: Sequence[Tensor],
+) -> Tensor:
+    """⟨p − q, dz⟩ of each row [K, N], with dz what the logits move by."""
+    valid, index = _classes(target, ignore_index)
+    products = []
+    for k, (rows, dz) in enumerate(zip(logits, moved, strict=True)):
+        parts = []
+        for block in _blocks(rows):
+            e = (rows[block] - peak[k, block].unsqueeze(1)).exp_()
+            parts.append(e.mul_(dz[block]).sum(1))
+        product = _joined(parts) * confidence[k]
+        product.sub_(dz.gather(1, index).squeeze(1), alpha=1 - label_smoothing)
+        products.append(product.sub_(dz.mean(1), alpha=label_smoothing))
+    result = torch.stack(products)
+    return result if valid is None else torch.where(valid, result, 0)
+
+
 def _statistics(
     rows: Tensor, index: Tensor, dtype: torch.dtype, label_smoothing: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:

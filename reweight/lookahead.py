@@ -1,0 +1,115 @@
+"""Looking one step ahead: what the optimizer will make of a step, and how good that is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from reweight.batches import Batch, drawn_rows
+from reweight.forwards import ExitForward
+from reweight.hypergradient import ESTIMATORS, Hypergradient, estimate
+from reweight.losses import ExitLosses
+from reweight.objectives import Objective
+from reweight.optimizers import (
+    AnyOptimizer,
+    Exactness,
+    Parameters,
+    check_differentiable,
+    held_parameters,
+)
+from reweight.problem import FirstForward, MetaProblem, meta_problem
+from reweight.reweighter import check_choice, check_positive
+from reweight.shards import require_reduced, sharded_modules
+from reweight.updates import pseudo_update
+
+
+@dataclass
+class Lookahead:
+    """The hypergradient of the user's next step. The options are those of ``MetaReweightStep``."""
+
+    model: nn.Module
+    forward: ExitForward
+    optimizers: tuple[AnyOptimizer, ...]
+    objective: Objective
+    estimator: str
+    exactness: Exactness
+    clip_grad_norm: float | None
+    scaler: torch.amp.GradScaler | None
+    train_fraction: float
+    moves: Callable[[str], bool] | None
+
+    def __post_init__(self) -> None:
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("pseudo_update", self.exactness, ("exact", "gradient_descent"))
+        check_positive("clip_grad_norm", self.clip_grad_norm)
+        if self.estimator == "unrolled" and sharded_modules(self.model):
+            raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"`train_fraction` must lie in (0, 1], got {self.train_fraction}.")
+        for optimizer in self.optimizers:
+            check_differentiable(optimizer, self.exactness)
+        if not self.moved():
+            raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
+
+    def held(self) -> Parameters:
+        """The trainable parameters that the optimizers hold, by name."""
+        return held_parameters(self.model, self.optimizers)
+
+    def moved(self) -> Parameters:
+        """Those of them that the look-ahead moves."""
+        return held_parameters(self.model, self.optimizers, self.moves)
+
+    def scaled(self, tensor: Tensor) -> Tensor:
+        """What a gradient is to begin with, where a GradScaler is in use."""
+        return tensor if self.scaler is None else self.scaler.scale(tensor)
+
+    def hypergradient(
+        self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int
+    ) -> Hypergradient:
+        """∂L_meta/∂w of the step after that forward; the seed draws the rows that it is of."""
+        require_reduced(self.model)
+        rows = drawn_rows(first.batch, self.train_fraction, seed)
+        problem = self._problem(first, meta, weights, rows)
+        hypergradient, self.estimator = estimate(self.estimator, problem)
+        return hypergradient
+
+    def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:
+        """The same, to be judged when the optimizer has made the step: by the next train batch.
+
+        What the step will change is copied, and the step itself, which it depends on, taken now.
+        """
+        first = first._replace(gradients={n: g.clone() for n, g in (first.gradients or {}).items()})
+        ahead = self._problem(first, first.losses, weights, None).look_ahead()
+        held = self.held()
+        before = {name: parameter.detach().clone() for name, parameter in held.items()}
+        first.values.follow({id(parameter): before[name] for name, parameter in held.items()})
+        moved = {name: before[name] for name in first.moved}
+        return first._replace(moved=moved, before=before, ahead=ahead)
+
+    def _problem(
+        self,
+        first: FirstForward,
+        meta: Batch | ExitLosses,
+        weights: Tensor,
+        rows: Tensor | None,
+    ) -> MetaProblem:
+        one = first.losses.losses.new_ones(())
+        return meta_problem(
+            forward=self.forward,
+            model=self.model,
+            objective=self.objective,
+            first=first,
+            rows=rows,
+            meta=meta,
+            weights=weights,
+            update=partial(
+                pseudo_update,
+                self.optimizers,
+                first.moved,
+                exactness=self.exactness,
+                clip_grad_norm=self.clip_grad_norm,
+            ),
+            grad_scale=None if self.scaler is None else self.scaled(one),
+        )

@@ -1,0 +1,214 @@
+"""The evidence runner: its arms weigh as they say, it resumes, and its intervals are Student's."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import arms
+import evidence
+import report
+from reweight import ExitLosses, exit_cross_entropy
+
+TINY = evidence.Experiment("digits", 3, epochs=2, train_size=64, batch_size=16, width=4)
+
+
+@pytest.fixture(scope="module")
+def exit_losses() -> ExitLosses:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 40, 10, generator=generator)
+    return exit_cross_entropy(logits, torch.randint(10, (40,), generator=generator))
+
+
+@pytest.mark.parametrize("name", [n for n, arm in arms.ARMS.items() if arm.frozen_from is None])
+def test_every_arm_takes_steps(name: str) -> None:
+    arm = arms.ARMS[name]
+    training = evidence.Run(TINY, replace(arm, warm_up=0.0), seed=0)
+    before = {key: value.clone() for key, value in training.model.state_dict().items()}
+    losses, weights, _ = training.train_epoch(0)
+    assert losses.losses.shape == weights.shape
+    assert len(weights) >= 64
+    assert weights.isfinite().all()
+    assert all(not torch.equal(before[k], v) for k, v in training.model.named_parameters())
+    batches = weights.view(-1, 16, 3)
+    if isinstance(training.weighting, arms.SampleReweighter):
+        over = {"exits": 2, "samples": 1, "both": (1, 2)}[training.weighting.average_over]
+        torch.testing.assert_close(batches.mean(over), torch.ones_like(batches.mean(over)))
+    if name == "L2RW":
+        assert (weights >= 0).all()
+        assert (weights == 0).any()
+        sums = batches.sum(1) / 16  # 1, or 0 where no sample helps
+        assert ((sums - 1).abs().lt(1e-5) | sums.eq(0)).all()
+    if name == "Meta-Weight-Net":
+        assert torch.equal(weights, weights[:, :1].expand(-1, 3))
+    if name.startswith("greedy"):
+        torch.testing.assert_close(weights.mean(1), torch.ones(len(weights)))
+        assert weights.amin() >= 1 - 2 * arms.STRENGTH
+
+
+@pytest.mark.parametrize(
+    ("weighting", "means"),
+    [
+        (arms.uniform, 1),
+        (arms.linear, 1),
+        (arms.inverse, 1),
+        (arms.Uncertainty, 1),
+        (arms.hand_designed, 1),
+        (arms.focal, 0),
+        (arms.selection, 0),
+    ],
+)
+def test_fixed_weights_average_one(weighting, means: int, exit_losses: ExitLosses) -> None:
+    weights = weighting(3, 40)(exit_losses)
+    mean = weights.mean(means)
+    torch.testing.assert_close(mean, torch.ones_like(mean))
+
+
+def test_linear_and_inverse_are_in_proportion(exit_losses: ExitLosses) -> None:
+    for weighting, expected in ((arms.linear, [1, 2, 3]), (arms.inverse, [1, 1 / 2, 1 / 3])):
+        weights = weighting(3, 40)(exit_losses)[0]
+        torch.testing.assert_close(weights / weights[0], torch.tensor(expected).float())
+
+
+def test_selection_is_zero_or_one_scale(exit_losses: ExitLosses) -> None:
+    weights = arms.selection(3, 40)(exit_losses)
+    assert ((weights > 0).sum(1) == 1).all()
+    for k in range(3):
+        chosen = weights[weights[:, k] > 0, k]
+        torch.testing.assert_close(chosen, torch.full_like(chosen, 40 / len(chosen)))
+
+
+def test_exit_probability_keeps_each_samples_loss(exit_losses: ExitLosses) -> None:
+    weights = arms.exit_probability(3, 40)(exit_losses)
+    total, weighted = exit_losses.losses.sum(1), (weights * exit_losses.losses).sum(1)
+    bounded = weights.sum(1) >= 9 - 1e-4
+    torch.testing.assert_close(weighted[~bounded], total[~bounded])
+    assert (weighted[bounded] <= total[bounded] + 1e-4).all()
+    assert (~bounded).sum() > 20
+
+
+def test_soft_probabilities_become_the_hard_allotment(exit_losses: ExitLosses) -> None:
+    confidence = exit_losses.confidence
+    soft = arms.soft_exit_probabilities(confidence)
+    torch.testing.assert_close(soft.sum(1), torch.ones(40))
+    sharp = arms.soft_exit_probabilities(confidence, temperature=1e-6)
+    hard = arms.allot(confidence, arms.exit_shares(3, 0.75)).float()
+    # The sample at each threshold passes it with probability 1/2.
+    differ = (sharp - hard).abs().amax(1) > 1e-3
+    assert differ.sum() <= 2
+
+
+def test_greedy_descends_by_sign() -> None:
+    weighting = arms.greedy(3, 2)
+    weighting.descent.data = torch.tensor([[3.0, 0.0, -3.0], [1.0, 1.0, 4.0]])
+    with torch.no_grad():
+        weights = weighting(ExitLosses(torch.ones(2, 3)))
+    expected = 1 + 0.8 * (torch.tensor([[1.0, 0, -1], [-1, -1, 1]]) + torch.tensor([[0], [1 / 3]]))
+    torch.testing.assert_close(weights, expected)
+
+
+def test_uncertainty_finds_the_losses(exit_losses: ExitLosses) -> None:
+    """At rest exp(s) is twice the mean loss, so weights are as 1/loss."""
+    weighting = arms.Uncertainty(3, 40)
+    for _ in range(5000):
+        weights = weighting(exit_losses)[0]
+    products = weights * exit_losses.losses.mean(0)
+    torch.testing.assert_close(products, products.mean().expand(3), rtol=1e-3, atol=0)
+
+
+def test_frozen_learned_starts_from_what_was_learned(monkeypatch) -> None:
+    seen = {}
+    call = evidence.Run.__call__
+
+    def spy(self, *rest):
+        seen[self.arm.learned] = (self, [p.clone() for p in self.weighting.parameters()])
+        return call(self, *rest)
+
+    monkeypatch.setattr(evidence.Run, "__call__", spy)
+    with evidence.Progress(disable=True) as progress:
+        evidence.run(TINY, "frozen learned", 0, progress)
+    learned = list(seen[True][0].weighting.parameters())
+    for initial, after, frozen in zip(seen[True][1], learned, seen[False][1], strict=True):
+        assert not torch.equal(initial, after)
+        assert torch.equal(after, frozen)
+    assert len(learned) == 4
+
+
+def test_arms_see_the_same_batches() -> None:
+    halves, extra = (
+        list(evidence.Run(experiment, arms.ARMS["published"], 3).pairs())
+        for experiment in (TINY, replace(TINY, meta="extra"))
+    )
+    for (ours, meta), (theirs, clean) in zip(halves, extra, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert not torch.equal(meta.images, clean.images)
+    assert torch.equal(halves[0][0].images, halves[1][1].images)  # the halves swap roles
+
+
+def test_a_small_training_set_gets_as_many_steps() -> None:
+    arm = arms.Arm(train_on="clean")
+    training = evidence.Run(replace(TINY, train_size=700), arm, 0)
+    assert len(list(training.pairs())) == 2 * (700 // 32)
+
+
+def main(path, *names: str) -> list[dict[str, str]]:
+    evidence.main(
+        ["--experiment", "tiny", "--seeds", "0", "1", "--results", str(path), "--arms", *names]
+    )
+    with (path / "tiny.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_what_is_missing_and_reports(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", replace(TINY, label_noise=0.4, meta="extra"))
+    first = main(tmp_path, "conventional")
+    both = main(tmp_path, "conventional", "sigmoid", "matched compute")
+    assert both[:2] == first
+    assert [(row["arm"], row["seed"]) for row in both[2:]] == [
+        ("sigmoid", "0"),
+        ("matched compute", "0"),
+        ("sigmoid", "1"),
+        ("matched compute", "1"),
+    ]
+    assert all(None not in row.values() and None not in row for row in both)
+    assert float(both[0]["clean weight"]) == float(both[0]["wrong weight"]) == 1
+    assert len(both[0]["curve accuracy"].split()) == 39
+
+    report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    page = tmp_path / "docs" / "results.md"
+    page.write_text(page.read_text() + "\nkept\n")
+    report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    text = page.read_text()
+    assert text.count("<!-- tiny -->") == 1
+    assert text.endswith("kept\n")
+    mean, reach = report.paired(
+        *(
+            [float(r["budgeted"]) for r in both if r["arm"] == name]
+            for name in ("sigmoid", "conventional")
+        )
+    )
+    assert f"{mean:+.2f} ± {reach:.2f}" in text
+    for picture in (tmp_path / "docs" / "results").iterdir():
+        assert f"results/{picture.name}" in text
+
+
+def test_again_is_bitwise_the_same() -> None:
+    with evidence.Progress(disable=True) as progress:
+        one, two = (evidence.run(TINY, "published", 5, progress) for _ in range(2))
+    del one["seconds"], two["seconds"]
+    assert repr(one) == repr(two)  # text, for not a number is not itself
+
+
+def test_paired_interval_is_students() -> None:
+    after, before = np.random.default_rng(0).normal(size=(2, 6))
+    interval = stats.ttest_rel(after, before).confidence_interval(0.95)
+    mean, reach = report.paired(after, before)
+    np.testing.assert_allclose([mean - reach, mean + reach], interval, rtol=1e-12)
+
+
+def test_area_is_of_fixed_costs() -> None:
+    assert evidence.area([0.0, 100.0], [0.0, 100.0], [0, 100]) == pytest.approx(37.5)
+    assert evidence.area([100.0, 0.0], [100.0, 0.0], [0, 100]) == pytest.approx(37.5)
