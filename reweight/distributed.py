@@ -132,24 +132,25 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
                 f"leave alone. {_REMEDY}"
             )
     parameters: dict[str, Any] = parameters_of(inner)
-    meshes = {p.device_mesh for p in parameters.values() if is_sharded(p)}
-    for name, parameter in parameters.items() if meshes else ():
-        if is_sharded(parameter):
-            mesh = parameter.device_mesh
-            # Of its dimensions, fully_shard shards over the last, and copies over another.
+    sharded = {name: p for name, p in parameters.items() if is_sharded(p)}
+    if not sharded:
+        return inner, group
+    mesh = next(iter(sharded.values())).device_mesh
+    by_fsdp = inner is model and sharded_modules(inner)
+    covers = mesh.ndim == 1 or mesh.size() == dist.get_world_size()
+    for name, parameter in [*sharded.items(), *parameters.items()]:
+        if name in sharded:
+            # Of the dimensions of its mesh, fully_shard shards over the last and copies over others.
             copied = all(placement.is_replicate() for placement in parameter.placements[:-1])
-            covers = mesh.ndim == 1 or mesh.size() == dist.get_world_size()
-            by_fsdp = inner is model and sharded_modules(inner)
-            fits = by_fsdp and len(meshes) == 1 and copied and covers
-            group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+            fits = by_fsdp and covers and copied and parameter.device_mesh == mesh
         else:
-            fits = not parameter.requires_grad  # else nobody adds up its gradient
+            fits = not parameter.requires_grad  # or else nobody adds up its gradient
         if not fits:
             raise TypeError(
                 "`model` must have all trainable parameters sharded by fully_shard over one mesh, "
                 f"or none, got {name} as an exception. {_REMEDY}"
             )
-    return inner, group
+    return inner, mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
 
 
 def is_unsettled(model: nn.Module) -> bool:
