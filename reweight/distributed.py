@@ -140,7 +140,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
     covers = mesh.ndim == 1 or mesh.size() == dist.get_world_size()
     for name, parameter in [*sharded.items(), *parameters.items()]:
         if name in sharded:
-            # Of the dimensions of its mesh, fully_shard shards over the last and copies over others.
+            # Of the dimensions of its mesh, fully_shard shards the last and copies over others.
             copied = all(placement.is_replicate() for placement in parameter.placements[:-1])
             fits = by_fsdp and covers and copied and parameter.device_mesh == mesh
         else:
