@@ -37,10 +37,10 @@ class ReweighterLearner:
         clip_hypergradient: float | None = None,
     ) -> None:
         check_positive("clip_hypergradient", clip_hypergradient)
-        if unwrap(reweighter)[0] is not reweighter:
+        if unwrap(reweighter)[1] is not None:
             raise TypeError(
-                "`reweighter` must be bare, got one in DistributedDataParallel. Pass the module "
-                "inside: the step adds up its gradient over the ranks."
+                "`reweighter` must be bare, got one in DistributedDataParallel or sharded. Pass "
+                "the plain module: the step adds up its gradient over the ranks."
             )
         self.reweighter = reweighter
         self.optimizer = _optimizer_for(reweighter, optimizer)

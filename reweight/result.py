@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
         nonfinite: whether the train losses, the meta loss and the hypergradient held a value that
             is not finite, shape [3], bool, or None. One True and the reweighter stayed as it was.
         num_zero_moments: entries whose update has no derivative (Adam, gradient and second moment
-            both 0); it was taken as 0.
+            both 0); it was taken as 0. Of sharded parameters those of this rank are counted.
     """
 
     losses: ExitLosses

@@ -43,7 +43,8 @@ class MetaReweightStep:
 
     Args:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
-            ``DistributedDataParallel`` the step is that of the batches of all ranks joined.
+            ``DistributedDataParallel`` or sharded by ``fully_shard`` the step is that of the
+            batches of all ranks joined.
         optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
             parameters; groups, learning rates and state are read at every step and never changed.
             A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
@@ -80,7 +81,7 @@ class MetaReweightStep:
 
     Raises:
         TypeError: the optimizer's step cannot be differentiated, or the model is spread over
-            processes otherwise than by ``DistributedDataParallel``.
+            processes otherwise than by ``DistributedDataParallel`` or ``fully_shard``.
         ValueError: an argument is out of range or another on another rank, or the optimizer holds
             none of the parameters.
 

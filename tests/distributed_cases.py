@@ -1,8 +1,6 @@
 """What the ranks of test_distributed.py run: each case on its shard, or one process on all."""
 
 import contextlib
-import datetime
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from cases import NUM_CLASSES, Batch, make_batch, make_model
+from ranks import attempt, process_group
 from references import allot_slowly
 from reweight import (
     BudgetedObjective,
@@ -62,6 +61,7 @@ class Case:
     ignored: bool = False
     just_call: bool = False
     just_update: bool = False
+    meta: bool = True
 
 
 def shard(batch: Batch, sizes: list[int], rank: int | None) -> Batch:
@@ -118,7 +118,7 @@ def train(
             meta = make_joined_batch(sum(META_SHARDS[num_ranks]), seed + 1, case)
             batches = (
                 shard(now, SHARDS[num_ranks], rank),
-                shard(meta, META_SHARDS[num_ranks], rank),
+                shard(meta, META_SHARDS[num_ranks], rank) if case.meta else None,
             )
             if case.just_call:
                 result = step(*batches)
@@ -211,6 +211,7 @@ CASES = {
     "lean": Case(options={"lean": True}),
     "lagged": Case(options={"lagged": True}, optimizer=adamw),
     "lagged, lean": Case(options={"lagged": True, "lean": True}),
+    "lagged, next train batch as meta batch": Case(options={"lagged": True}, meta=False),
     "interval": Case(options={"interval": 2}, num_steps=4),
     "moves": Case(options={"moves": lambda name: name.startswith("exits")}),
     "clipped": Case(options={"clip_grad_norm": 0.5, "clip_hypergradient": 0.01}),
@@ -510,34 +511,20 @@ def run(rank: int, folder: str) -> None:
 
     What came of it goes to a file, by number of ranks and name; an error as text.
     """
-    torch.set_num_threads(1)
     warnings.simplefilter("error")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=4,
-        timeout=datetime.timedelta(seconds=60),
-    )
     results: dict[tuple[int, str], Any] = {}
-
-    def report(num_ranks: int, name: str, call: Callable[[], Any]) -> None:
-        try:
-            results[num_ranks, name] = call()
-        except BaseException:
-            results[num_ranks, name] = traceback.format_exc()
-
-    for num_ranks in (1, 2, 4):
-        groups = [
-            dist.new_group(list(range(first, first + num_ranks)))
-            for first in range(0, 4, num_ranks)
-        ]
-        # Each group has its share of the cases.
-        for name in list(CASES)[rank // num_ranks :: len(groups)]:
-            group = groups[rank // num_ranks]
-            call = partial(train, CASES[name], dist.get_rank(group), num_ranks, group)
-            report(num_ranks, name, call)
-    for name, check in CHECKS.items():
-        report(4, name, partial(check, dist.group.WORLD))
+    with process_group(rank, 4, f"file://{folder}/store"):
+        for num_ranks in (1, 2, 4):
+            groups = [
+                dist.new_group(list(range(first, first + num_ranks)))
+                for first in range(0, 4, num_ranks)
+            ]
+            # Each group has its share of the cases.
+            for name in list(CASES)[rank // num_ranks :: len(groups)]:
+                group = groups[rank // num_ranks]
+                results[num_ranks, name] = attempt(
+                    train, CASES[name], dist.get_rank(group), num_ranks, group
+                )
+        for name, check in CHECKS.items():
+            results[4, name] = attempt(check, dist.group.WORLD)
     torch.save(results, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()

@@ -1,29 +1,36 @@
-"""A training whose ranks can be killed, in a process or under torchrun; see test_faults.py."""
+"""A training whose ranks can be lost, in a process or under torchrun; see test_faults.py."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from cases import Batch, make_batch, make_model
+from ranks import process_group
 from reweight import MetaReweightStep, SampleReweighter
 
 NUM_STEPS = 6
+KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DistributedDataParallel": DistributedDataParallel,
+    "fully_shard": fully_shard,
+}
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-def make_step() -> MetaReweightStep:
+def make_step(kind: str = "DistributedDataParallel") -> MetaReweightStep:
     torch.manual_seed(3)
-    model = DistributedDataParallel(make_model("mlp"))
+    model = KINDS[kind](make_model("mlp"))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     return MetaReweightStep(model, optimizer, SampleReweighter(3, num_hidden=4).double())
 
@@ -36,7 +43,7 @@ def batches(index: int) -> tuple[Batch, Batch]:
 
 
 def watch(step: MetaReweightStep, event: Callable[[], None]) -> None:
-    """Call this around every collective, also those of DDP, and before forwards and updates."""
+    """Call this around every collective, also DDP's and FSDP's, and before forwards and updates."""
 
     def around(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         event()
@@ -44,34 +51,38 @@ def watch(step: MetaReweightStep, event: Callable[[], None]) -> None:
         event()
         return result
 
-    for name in ("all_reduce", "all_gather"):
+    for name in COLLECTIVES:
         setattr(dist, name, partial(around, getattr(dist, name)))
-    # As a function: DDP looks at the names of its arguments.
-    step.model.register_comm_hook(None, lambda state, bucket: around(allreduce_hook, state, bucket))
-    step.model.module.register_forward_pre_hook(lambda *_: event())
+    inner = step.model
+    if isinstance(step.model, DistributedDataParallel):
+        inner = step.model.module
+        # As a function: DDP looks at the names of its arguments.
+        step.model.register_comm_hook(
+            None, lambda state, bucket: around(allreduce_hook, state, bucket)
+        )
+    inner.register_forward_pre_hook(lambda *_: event())
     step.optimizers[0].register_step_pre_hook(lambda *_: event())
 
 
-def train_until_killed(rank: int, folder: str, at: int) -> int:
-    """Rank 1 is killed at its at-th event; how many events there were in a step."""
+def train_until_lost(rank: int, kind: str, at: int, way: signal.Signals) -> int:
+    """Rank 1 is lost at its at-th event; how many events there were in the first step."""
     events = 0
 
     def event() -> None:
         nonlocal events
         if rank == 1 and events == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), way)
         events += 1
 
-    step = make_step()
+    step = make_step(kind)
     watch(step, event)
     step(*batches(0))
     events_of_a_step = events
-    for index in range(1, NUM_STEPS):
-        step(*batches(index))
+    step(*batches(1))
     return events_of_a_step
 
 
-def train_without_meta_samples(rank: int, folder: str) -> None:
+def train_without_meta_samples(rank: int) -> None:
     """Of two ranks one has none."""
     train, (inputs, target) = batches(0)
     make_step()(train, (inputs[: 3 * rank], target[: 3 * rank]))
@@ -99,23 +110,17 @@ def train_with_restarts(rank: int, folder: str) -> None:
 
 
 def reported(
-    rank: int, folder: str, function: Callable[..., Any], *args: Any, init_method: str | None = None
+    rank: int, folder: str, seconds: float, function: Callable[..., Any], *args: Any
 ) -> None:
-    """Run the function with a process group; its result, or the error that ends it, to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=init_method or f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=5),
-    )
-    try:
-        result = function(rank, folder, *args)
-    except Exception as error:
-        result = f"{type(error).__name__}: {error}"
-    Path(folder, str(rank)).write_text(str(result))
+    """Run the function in a group of two; its result, or the error that ends it, to a file."""
+    with process_group(rank, 2, f"file://{folder}/store", seconds):
+        try:
+            result = function(rank, *args)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        Path(folder, str(rank)).write_text(str(result))
 
 
 if __name__ == "__main__":
-    reported(int(os.environ["RANK"]), sys.argv[1], train_with_restarts, init_method="env://")
+    with process_group(int(os.environ["RANK"]), 2, "env://", 5):
+        train_with_restarts(dist.get_rank(), sys.argv[1])

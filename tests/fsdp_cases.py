@@ -1,9 +1,6 @@
 """What the ranks of test_fsdp.py run."""
 
-import contextlib
-import datetime
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +12,24 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 import distributed_cases
-from cases import UPDATE_RULES, LastToken, MultiExit, make_model
+from cases import UPDATE_RULES, Batch, LastToken, MultiExit, make_model
 from distributed_cases import (
     META_SHARDS,
     SHARDS,
     Case,
     adamw,
     make_joined_batch,
+    refused,
     shard,
     train,
 )
+from ranks import attempt, process_group
 from reweight import MetaReweightStep, SampleReweighter
 from reweight.shards import parameters_of, whole
 
@@ -90,15 +91,46 @@ def by_rule(name: str) -> Callable[[Any], Any]:
     return optimizer
 
 
-# What DistributedDataParallel is held to; gradients are accumulated as shards, without no_sync.
+# Of what DistributedDataParallel is held to, all that does something else with parameters or their
+# gradients; these are accumulated as shards, without no_sync.
 CASES = {
-    name: case
-    for name, case in distributed_cases.CASES.items()
-    if not case.ddp
-    and not (case.num_parts > 1 and case.no_sync)
-    and case.options.get("estimator") != "unrolled"
+    name: distributed_cases.CASES[name]
+    for name in (
+        "budgeted",
+        "ignored samples, over the samples",
+        "finite differences",
+        "lean",
+        "lagged",
+        "lagged, lean",
+        "lagged, next train batch as meta batch",
+        "interval",
+        "moves",
+        "clipped",
+        "clipped by the call",
+        "update_reweighter",
+        "scaler",
+        "accumulation without no_sync",
+        "lagged accumulation without no_sync",
+    )
 }
-CASES |= {f"optimizer: {name}": Case(optimizer=by_rule(name), num_steps=2) for name in UPDATE_RULES}
+CASES |= {  # every way in which an update is made: by each rule, by the stock class, with a tensor
+    f"optimizer: {name}": Case(optimizer=by_rule(name), num_steps=2)
+    for name in (
+        "sgd_nesterov_two_groups",
+        "sgd_maximize",
+        "adam_fused",
+        "adam_amsgrad",
+        "adamw_tensor_lr",
+        "rmsprop_centered_momentum",
+        "adagrad_lr_decay",
+        "adadelta",
+        "radam_rectified",
+        "adamax",
+        "nadam",
+        "asgd",
+    )
+    if name in UPDATE_RULES
+}
 CASES |= {
     f"model: {name}": Case(model=lambda name=name: make_model(name), optimizer=adamw)
     for name in ("tied", "frozen_trunk")
@@ -122,23 +154,6 @@ def wrap(name: str) -> Callable[[nn.Module], nn.Module]:
     return fully_shard if name == "model: tied" else WRAPS.get(name[6:], blocks_and_rest)
 
 
-@contextlib.contextmanager
-def process_group(rank: int, num_ranks: int, folder: str) -> Iterator[None]:
-    """Ranks that meet in this folder."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{num_ranks}",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 class Fails(nn.Module):
     """Raises in its forward, or in the backward of it, at the call that is chosen."""
 
@@ -159,15 +174,13 @@ class Fails(nn.Module):
 
 
 FAILURES = [
-    (where, call, lagged)
-    for where, call in [
-        ("forward", 1),
-        ("forward", 2),
-        ("forward", 3),
-        ("backward", 1),
-        ("backward", 2),
-    ]
-    for lagged in (False, True)
+    ("forward", 1, False),
+    ("forward", 2, False),
+    ("forward", 3, False),
+    ("forward", 3, True),
+    ("backward", 1, False),
+    ("backward", 2, False),
+    ("backward", 2, True),
 ]
 
 
@@ -262,17 +275,78 @@ def go_on(training: Training, rank: int, num_ranks: int) -> Tensor:
     return training.vector()
 
 
-def attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """The result, or the error as text."""
-    try:
-        return function(*args)
-    except Exception:
-        return traceback.format_exc()
+ACCURACY = {  # the largest error that is allowed, about twice what was measured; see the docs
+    ("float32", "forward"): 1e-5,
+    ("float32", "finite_difference"): 1e-2,
+    ("bfloat16", "forward"): 0.1,
+    ("bfloat16", "finite_difference"): 0.5,
+}
+
+
+def error(rank: int, num_ranks: int, precision: str, estimator: str) -> float:
+    """How far the reweighter's gradient is from exact, relative to its norm."""
+    case = CASES["model: wide"]
+    train, meta = (make_joined_batch(size, seed, case) for size, seed in ((12, 0), (9, 1)))
+    torch.manual_seed(5)
+    model = wide()
+    exact = reweighter_gradient(model, train, meta)
+    model.float()
+    bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    blocks_and_rest(model, **({"mp_policy": bfloat16} if precision == "bfloat16" else {}))
+    train, meta = (
+        (inputs.float(), target)
+        for inputs, target in (
+            shard(train, SHARDS[num_ranks], rank),
+            shard(meta, META_SHARDS[num_ranks], rank),
+        )
+    )
+    found = reweighter_gradient(model, train, meta, estimator=estimator)
+    return float((found - exact).norm() / exact.norm())
+
+
+def reweighter_gradient(model: nn.Module, train: Batch, meta: Batch, **options: Any) -> Tensor:
+    """What the first update of a reweighter goes along."""
+    torch.manual_seed(3)
+    reweighter = SampleReweighter(3, num_hidden=4).to(train[0].dtype)
+    own, found = SGD(reweighter.parameters(), lr=1.0), []
+    own.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([p.grad.flatten() for p in reweighter.parameters()]))
+    )
+    optimizer = SGD(model.parameters(), lr=0.1)
+    step = MetaReweightStep(model, optimizer, reweighter, reweighter_optimizer=own, **options)
+    step.update_reweighter(train, meta)
+    return found[0].double()
+
+
+def what_does_not_fit_is_refused(rank: int, num_ranks: int) -> None:
+    def make(model: nn.Module, reweighter: Any = None, **options: Any) -> MetaReweightStep:
+        reweighter = reweighter or SampleReweighter(3, num_hidden=4).double()
+        return MetaReweightStep(model, SGD(model.parameters(), lr=0.1), reweighter, **options)
+
+    torch.manual_seed(3)
+    part = make_model("mlp")
+    fully_shard(part.blocks[0])
+    refused(TypeError, "or none, got blocks.1.0.weight as an exc", lambda: make(part))
+    mesh = init_device_mesh("cpu", (1, num_ranks), mesh_dim_names=("shard", "split"))
+    split = make_model("mlp")
+    parallelize_module(split, mesh["split"], {"exits.0": ColwiseParallel()})
+    fully_shard(split, mesh=mesh["shard"])
+    refused(TypeError, "over one mesh, or none, got", lambda: make(split))
+    model = fully_shard(make_model("mlp"))
+    refused(ValueError, "cannot be 'unrolled' with", lambda: make(model, estimator="unrolled"))
+    reweighter = fully_shard(SampleReweighter(3).double())
+    refused(TypeError, "`reweighter` must be bare", lambda: make(model, reweighter))
+    training = Training(model, SGD(model.parameters(), lr=0.1))
+    model.set_requires_gradient_sync(False)
+    words = "must reduce its gradients in every backward"
+    refused(ValueError, words, lambda: training.run(0, rank, num_ranks))
+    model.set_requires_gradient_sync(True)
+    training.run(0, rank, num_ranks)
 
 
 def run(rank: int, num_ranks: int, folder: str) -> None:
     """Everything on one rank; what came of it goes to a file."""
-    with process_group(rank, num_ranks, folder):
+    with process_group(rank, num_ranks, f"file://{folder}/store{num_ranks}"):
         results = {
             name: attempt(train, case, rank, num_ranks, None, wrap(name))
             for name, case in CASES.items()
@@ -282,4 +356,7 @@ def run(rank: int, num_ranks: int, folder: str) -> None:
         for kind in KINDS:
             results["save", kind] = attempt(save_checkpoint, folder, kind, rank, num_ranks)
             results["load", kind] = attempt(load_checkpoint, folder, kind, 1, rank, num_ranks)
+        for precision, estimator in ACCURACY:
+            results[precision, estimator] = attempt(error, rank, num_ranks, precision, estimator)
+        results["refused"] = attempt(what_does_not_fit_is_refused, rank, num_ranks)
         torch.save(results, Path(folder, f"{rank}.pt"))

@@ -1,14 +1,12 @@
 """n ranks on split data are one process on all of it."""
 
 import functools
-import multiprocessing
 
 import pytest
 import torch
 
 from distributed_cases import CASES, CHECKS, run, train
-
-PRELOADED = ["reweight", "torch._dynamo", "torch.distributed.tensor.parallel", "pytest"]
+from ranks import run_ranks
 
 
 @functools.cache
@@ -20,13 +18,7 @@ def train_joined(name: str, num_ranks: int):
 def results(tmp_path_factory):
     """What came of every case and check, by number of ranks and name, for each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    processes = [context.Process(target=run, args=(rank, str(folder))) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run_ranks(4, run, str(folder), seconds=400)
     found = {}
     for rank in range(4):
         for key, result in torch.load(folder / f"{rank}.pt").items():

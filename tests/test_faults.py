@@ -1,6 +1,6 @@
 """A rank that is lost, or has nothing to judge by, ends the others with an error; none hangs."""
 
-import multiprocessing
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,42 +11,35 @@ import torch
 import fault_training
 from fault_training import (
     reported,
-    train_until_killed,
+    train_until_lost,
     train_with_restarts,
     train_without_meta_samples,
 )
 from properties import assert_same
+from ranks import run_ranks
 
-NUM_EVENTS = 24  # of a step; asserted
+# How many events a step has, asserted; every one of DistributedDataParallel is gone through.
+NUM_EVENTS = {"DistributedDataParallel": 24, "fully_shard": 40}
+EVENTS = [("DistributedDataParallel", event) for event in range(25)]
+EVENTS += [("fully_shard", event) for event in range(0, 41, 4)]
 
 
-def run(folder: Path, function, *args) -> list[str]:
+def run(folder: Path, function, *args, seconds: float = 10) -> list[str]:
     """What became of the two ranks: nothing if one was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reweight"])  # so that PyTorch is loaded once
-    processes = [
-        context.Process(target=reported, args=(rank, str(folder), function, *args))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)  # the time-out of the process group is 5 seconds
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging
+    run_ranks(2, reported, str(folder), seconds, function, *args, seconds=60)
     files = [folder / str(rank) for rank in range(2)]
     return [file.read_text() if file.exists() else "" for file in files]
 
 
-def test_steps_have_the_events_that_the_next_test_goes_through(tmp_path) -> None:
-    assert run(tmp_path, train_until_killed, -1) == [str(NUM_EVENTS)] * 2
+@pytest.mark.parametrize("kind", NUM_EVENTS)
+def test_steps_have_the_events_that_the_next_test_goes_through(tmp_path, kind) -> None:
+    found = run(tmp_path, train_until_lost, kind, -1, signal.SIGKILL)
+    assert found == [str(NUM_EVENTS[kind])] * 2
 
 
-@pytest.mark.parametrize("event", range(NUM_EVENTS + 1))
-def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path, event) -> None:
-    survivor, lost = run(tmp_path, train_until_killed, event)
+@pytest.mark.parametrize(("kind", "event"), EVENTS)
+def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path, kind, event) -> None:
+    survivor, lost = run(tmp_path, train_until_lost, kind, event, signal.SIGKILL)
     assert "Error" in survivor.split(":")[0], survivor
     assert not lost
 
@@ -61,14 +54,17 @@ def test_a_restart_goes_on_from_the_checkpoint_to_the_same_end(tmp_path) -> None
     undisturbed, restarted = tmp_path / "undisturbed", tmp_path / "restarted"
     undisturbed.mkdir()
     restarted.mkdir()
-    assert run(undisturbed, train_with_restarts) == ["None"] * 2
+    assert run(undisturbed, train_with_restarts, str(undisturbed)) == ["None"] * 2
     command = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
-    subprocess.run(
-        [sys.executable, "-m", *command.split(), fault_training.__file__, restarted],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    # The output goes to a file, for a pipe would be waited for as long as any process holds it.
+    with open(tmp_path / "output", "w") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split(), fault_training.__file__, restarted],
+            stdout=output,
+            stderr=output,
+            timeout=120,
+        )
+    assert done.returncode == 0, (tmp_path / "output").read_text()
     assert (undisturbed / "began 0").read_text() == "0"
     assert (restarted / "began 0").read_text() == (restarted / "began 1").read_text() == "2"
     ours, theirs = (

@@ -1,20 +1,19 @@
 """Models of fully_shard train as whole ones do; checkpoints move between numbers of ranks."""
 
-import multiprocessing
-
 import pytest
 import torch
 
 from distributed_cases import train
 from fsdp_cases import (
+    ACCURACY,
     CASES,
     FAILURES,
     KINDS,
     load_checkpoint,
-    process_group,
     run,
     save_checkpoint,
 )
+from ranks import process_group, run_ranks
 
 NUM_RANKS = 2
 
@@ -23,7 +22,7 @@ NUM_RANKS = 2
 def alone(tmp_path_factory):
     """What one rank saves, and goes on to; then what it makes of what two have saved."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    with process_group(0, 1, folder):
+    with process_group(0, 1, f"file://{folder}/store1"):
         yield folder, {kind: save_checkpoint(folder, kind, 0, 1) for kind in KINDS}
 
 
@@ -31,14 +30,7 @@ def alone(tmp_path_factory):
 def ranks(alone):
     """What came of everything on each rank."""
     folder, _ = alone
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=run, args=(rank, NUM_RANKS, folder)) for rank in range(NUM_RANKS)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run_ranks(NUM_RANKS, run, NUM_RANKS, folder, seconds=400)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(NUM_RANKS)]
 
 
@@ -72,3 +64,13 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two(alone, ranks, kind) -> None:
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(alone, ranks, kind) -> None:
     found = load_checkpoint(alone[0], kind, NUM_RANKS, 0, 1)
     assert_all_near(ranks, ("save", kind), found)
+
+
+@pytest.mark.parametrize(("precision", "estimator"), ACCURACY)
+def test_low_precision_is_as_near_as_the_documentation_says(ranks, precision, estimator) -> None:
+    for results in ranks:
+        assert results[precision, estimator] < ACCURACY[precision, estimator]
+
+
+def test_what_does_not_fit_is_refused(ranks) -> None:
+    assert [results["refused"] for results in ranks] == [None, None]
