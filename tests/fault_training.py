@@ -25,7 +25,10 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DistributedDataParallel": DistributedDataParallel,
     "fully_shard": fully_shard,
 }
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES = ["all_reduce", "all_gather"]
+# FSDP's own, which have other names in older PyTorch.
+COLLECTIVES += ["all_gather_single", "all_gather_into_tensor"]
+COLLECTIVES += ["reduce_scatter_single", "reduce_scatter_tensor"]
 
 
 def make_step(kind: str = "DistributedDataParallel") -> MetaReweightStep:
@@ -51,7 +54,7 @@ def watch(step: MetaReweightStep, event: Callable[[], None]) -> None:
         event()
         return result
 
-    for name in COLLECTIVES:
+    for name in filter(partial(hasattr, dist), COLLECTIVES):
         setattr(dist, name, partial(around, getattr(dist, name)))
     inner = step.model
     if isinstance(step.model, DistributedDataParallel):

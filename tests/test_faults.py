@@ -18,11 +18,6 @@ from fault_training import (
 from properties import assert_same
 from ranks import run_ranks
 
-# How many events a step has, asserted; every one of DistributedDataParallel is gone through.
-NUM_EVENTS = {"DistributedDataParallel": 24, "fully_shard": 40}
-EVENTS = [("DistributedDataParallel", event) for event in range(25)]
-EVENTS += [("fully_shard", event) for event in range(0, 41, 4)]
-
 
 def run(folder: Path, function, *args, seconds: float = 10) -> list[str]:
     """What became of the two ranks: nothing if one was killed."""
@@ -31,14 +26,34 @@ def run(folder: Path, function, *args, seconds: float = 10) -> list[str]:
     return [file.read_text() if file.exists() else "" for file in files]
 
 
-@pytest.mark.parametrize("kind", NUM_EVENTS)
-def test_steps_have_the_events_that_the_next_test_goes_through(tmp_path, kind) -> None:
-    found = run(tmp_path, train_until_lost, kind, -1, signal.SIGKILL)
-    assert found == [str(NUM_EVENTS[kind])] * 2
+@pytest.fixture(scope="module")
+def num_events(tmp_path_factory):
+    """How many there are in a step of either kind: before and after every collective, and more."""
+    found = {}
+    for kind in NUM_PARTS:
+        folder = tmp_path_factory.mktemp(kind)
+        one, other = run(folder, train_until_lost, kind, -1, signal.SIGKILL)
+        assert one == other
+        found[kind] = int(one)
+    return found
 
 
-@pytest.mark.parametrize(("kind", "event"), EVENTS)
-def test_a_rank_that_is_killed_ends_the_other_with_an_error(tmp_path, kind, event) -> None:
+# Of DistributedDataParallel every event is gone through, of fully_shard every eighth of the step.
+NUM_PARTS = {"DistributedDataParallel": 24, "fully_shard": 8}
+
+
+def test_steps_have_the_events_that_the_next_test_goes_through(num_events) -> None:
+    assert num_events["DistributedDataParallel"] == NUM_PARTS["DistributedDataParallel"]
+    assert num_events["fully_shard"] > 2 * NUM_PARTS["fully_shard"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [(kind, part) for kind, n in NUM_PARTS.items() for part in range(n + 1)]
+)
+def test_a_rank_that_is_killed_ends_the_other_with_an_error(
+    num_events, tmp_path, kind, part
+) -> None:
+    event = part * num_events[kind] // NUM_PARTS[kind]
     survivor, lost = run(tmp_path, train_until_lost, kind, event, signal.SIGKILL)
     assert "Error" in survivor.split(":")[0], survivor
     assert not lost
