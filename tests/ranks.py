@@ -11,14 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOADED = [
-    "pytest",
-    "reweight",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-]
+from reweight.duals import load_forward_mode
+
+_PRELOADED = ["fault_training", "fsdp_cases", "torch._dynamo"]
+load_forward_mode()
 
 
 def run_ranks(num_ranks: int, function: Callable[..., None], *args: Any, seconds: float) -> None:
