@@ -67,10 +67,20 @@ class _ForwardMode(TorchFunctionMode):
         value = self._values.recall(product._replace(tensors=(x, weight, bias)))
         if value is None:
             value = product(x, weight, bias)
-        terms = [] if dweight is None else [product(x, dweight, dbias)]
+        tangent = None if dweight is None else product(x, dweight, dbias)
         if dx is not None:
-            terms.append(product(dx, weight, None))
-        return _dual(value, functools.reduce(Tensor.add_, terms))
+            tangent = _sum(tangent, product, dx, weight)
+        return value if tangent is None else _dual(value, tangent)
+
+
+def _sum(tangent: Tensor | None, product: Product, dx: Tensor, weight: Tensor) -> Tensor:
+    if tangent is None:
+        return product(dx, weight, None)
+    if product.func is F.linear and tangent.dtype == dx.dtype == weight.dtype:
+        rows = tangent.view(-1, tangent.shape[-1])
+        rows.addmm_(dx.reshape(-1, dx.shape[-1]), weight.mT)  # without a tensor in between
+        return tangent
+    return tangent.add_(product(dx, weight, None))
 
 
 def _batch_norm(
