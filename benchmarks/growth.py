@@ -169,7 +169,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     for panel in ratios:
         panel.axhline(10 / 3, color="#777777", linewidth=1, linestyle="--")
         panel.set_ylim(0, top)
-    ratios[0].text(8, 3.5, "the count, 3.67", fontsize=9, color="#555555", va="top")
+    ratios[0].text(8, 3.25, "the count, 3.33", fontsize=9, color="#555555", va="top")
     ratios[-1].legend(frameon=False, loc="lower left")
     share.set_ylim(bottom=0)
     share.set_xlabel("parameters")

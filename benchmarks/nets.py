@@ -129,6 +129,7 @@ NETS = {
 }
 TINY_NETS = {
     "conv": Net(lambda: MultiExitConvNet((3, 8, 8), 4, 3, 4), 3, partial(images, 12, 4, 8)),
+    "msdnet": Net(lambda: MSDNet(4, num_exits=2, channels=4, growth=2), 2, partial(images, 6, 4)),
     "vit": Net(lambda: ViT(8, 4, 4), 2, partial(images, 6, 4)),
     "lm": Net(lambda: LanguageModel(12, 5, 8, 4), 2, partial(texts, 4, 12, 5)),
 }

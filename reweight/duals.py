@@ -23,6 +23,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from reweight.forwards import plain_attention
@@ -67,10 +68,20 @@ class _ForwardMode(TorchFunctionMode):
         value = self._values.recall(product._replace(tensors=(x, weight, bias)))
         if value is None:
             value = product(x, weight, bias)
-        terms = [] if dweight is None else [product(x, dweight, dbias)]
+        tangent = None if dweight is None else product(x, dweight, dbias)
         if dx is not None:
-            terms.append(product(dx, weight, None))
-        return _dual(value, functools.reduce(Tensor.add_, terms))
+            tangent = _sum(tangent, product, dx, weight)
+        return value if tangent is None else _dual(value, tangent)
+
+
+def _sum(tangent: Tensor | None, product: Product, dx: Tensor, weight: Tensor) -> Tensor:
+    if tangent is None:
+        return product(dx, weight, None)
+    if product.func is F.linear and tangent.dtype == dx.dtype == weight.dtype:
+        rows = tangent.view(-1, tangent.shape[-1])
+        rows.addmm_(dx.reshape(-1, dx.shape[-1]), weight.mT)  # without a tensor in between
+        return tangent
+    return tangent.add_(product(dx, weight, None))
 
 
 def _batch_norm(
@@ -117,7 +128,7 @@ def _layer_norm(
     (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
     if dx is None or (dweight is None) != (dbias is None):
         return None
-    shape = list(normalized_shape)
+    shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
     value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
     tangent = torch.ops.aten.native_layer_norm_backward(
         dx, x, shape, mean, inverse, None, None, [True, False, False]
@@ -145,19 +156,25 @@ def _attention(
     if special or not all(map(is_plain, tensors)):
         return None
     (q, dq), (k, dk), (v, dv) = map(_unpack, tensors)
-    if dq is None or dk is None or dv is None:
+    if dq is None or dk is None or dv is None or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        # Bitwise that of the first forward, or nothing after it would be recalled.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    q, dq = q * factor, dq * factor
-    scores = q @ k.mT
+    q, dq, k, dk, v, dv = (
+        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, dq, k, dk, v, dv)
+    )
+    zero = q.new_zeros(())
+    scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores.masked_fill_(later, -torch.inf)
     shares = scores.softmax(-1)
-    change = torch.ops.aten._softmax_backward_data(
-        (dq @ k.mT).add_(q @ dk.mT), shares, -1, shares.dtype
-    )
-    return _dual(shares @ v, (change @ v).add_(shares @ dv))
+    slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
+    change = torch.ops.aten._softmax_backward_data(slope, shares, -1, shares.dtype)
+    tangent = (change @ v).baddbmm_(shares, dv)
+    return _dual(mixed, tangent.view_as(mixed))
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

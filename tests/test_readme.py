@@ -1,14 +1,18 @@
-"""The README's code runs as it stands: the loop before and after the diff, and every block."""
+"""The README's code and that of docs/ run as they stand, and their links lead somewhere."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 class MultiExitNet(nn.Module):
@@ -24,8 +28,8 @@ class MultiExitNet(nn.Module):
         return [head(z) for head, z in zip(self.heads, (first, second, third), strict=True)]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -67,6 +71,22 @@ def test_every_python_block_runs(capsys) -> None:
     assert "multiply-adds" in printed
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group, for the page on several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_page_runs_after_the_readmes_loop(page: Path, one_process) -> None:
+    scope = names()
+    exec(side_of_diff(blocks("diff")[0], "+"), scope)
+    for block in blocks("python", page.read_text()):
+        exec(block, scope)
+
+
 def test_commands_are_single_lines_that_set_everything_up() -> None:
     assert [block.strip() for block in blocks("sh")] == [
         'pip install -c constraints.txt -e ".[examples]" && python examples/train.py',
@@ -74,6 +94,7 @@ def test_commands_are_single_lines_that_set_everything_up() -> None:
     ]
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
