@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
+from reweight.compiled import CompiledModel, uncompiled_if_need_be
 from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
 from reweight.forwards import (
     Beginning,
@@ -24,12 +25,7 @@ from reweight.learner import ReweighterLearner
 from reweight.lookahead import Lookahead
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
-from reweight.optimizers import (
-    AnyOptimizer,
-    Exactness,
-    as_optimizers,
-    held_by,
-)
+from reweight.optimizers import AnyOptimizer, Exactness, as_optimizers, held_by
 from reweight.problem import FirstForward, gradients_of
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter
@@ -129,7 +125,8 @@ class MetaReweightStep:
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.reweighter_optimizer = self._learner.optimizer
         self.interval, self.lean, self.lagged = interval, lean, lagged
-        self._forward = ExitForward(model, self._inner, exits, loss)
+        compiled = CompiledModel.of(self._inner) if estimator in ("auto", "forward") else None
+        self._forward = ExitForward(model, self._inner, exits, loss, compiled)
         self._lookahead = Lookahead(
             model=self._inner,
             forward=self._forward,
@@ -168,6 +165,7 @@ class MetaReweightStep:
             optimizer.step()
         return result
 
+    @uncompiled_if_need_be
     def backward(
         self, train: Batch, meta: Batch | None = None, *, scale: float = 1.0
     ) -> StepResult:
@@ -242,6 +240,7 @@ class MetaReweightStep:
         self._postponed = postponed
         return StepResult.of(losses, weights, update)
 
+    @uncompiled_if_need_be
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
         """Update the reweighter and nothing else, for loops that keep their own forward.
 
