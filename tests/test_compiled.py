@@ -15,12 +15,13 @@ from torch.optim import SGD
 from cases import Fixed, make_batch, make_model, warm_up
 from reweight import MeanObjective, MetaReweightStep
 from reweight.compiled import CompiledModel
-from reweight.duals import load_forward_mode
 from reweight.places import run_with
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # the compiler looks at it
     pytest.mark.filterwarnings("ignore:Guards may run slower"),  # on Python 3.13.0
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization"),
 ]
 needs_it = pytest.mark.skipif(
     not hasattr(torch._dynamo, "error_on_graph_break"), reason="runs uncompiled by older PyTorch"
@@ -145,7 +146,6 @@ def test_inductor_draws_the_same_masks_in_every_pass() -> None:
     def along(distance: float) -> list[Tensor]:
         return at({n: (p + distance * tangents[n]).requires_grad_() for n, p in own.items()})
 
-    load_forward_mode()
     with forward_ad.dual_level():
         duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in own.items()}
         values, changes = zip(*(forward_ad.unpack_dual(z) for z in at(duals)), strict=True)
@@ -189,11 +189,13 @@ def broken(x: Tensor) -> Tensor:
 
 @needs_it
 @pytest.mark.parametrize(
-    ("function", "out", "exits"),
-    [(broken, list, None), (nn.Identity(), Boxed, attrgetter("logits"))],
+    ("function", "out", "exits", "through"),
+    [
+        (broken, list, None, "step"),
+        (nn.Identity(), Boxed, attrgetter("logits"), "update_reweighter"),
+    ],
     ids=["graph break", "unknown container"],
 )
-@pytest.mark.parametrize("through", ["step", "update_reweighter"])
 def test_what_does_not_compile_runs_uncompiled(function, out, exits, through, caplog) -> None:
     def set_up(backend: str | None):
         torch.manual_seed(0)
