@@ -5,7 +5,7 @@ rounds of its ratio to the plain step of the same form (both compiled, or both n
 plain step in float32 that is not compiled. In the last part the same processes run with glibc told
 to keep what is freed, which saves the page faults of asking for it again.
 
-    python benchmarks/compiled.py          # about 7 minutes on two cores, and 5 to compile at first
+    python benchmarks/compiled.py          # some 10 minutes on two cores, half of it compilation
     python benchmarks/compiled.py --nets vit --forms float32 --allocator given
 """
 
