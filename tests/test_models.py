@@ -321,6 +321,7 @@ def set_up(row: Row):
 def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Tensor) -> float:
     twin = copy.deepcopy(step)
     twin._lookahead.estimator = "unrolled"
+    twin._forward.compiled = None  # compiled code has no second order
     weights = twin.reweighter.weights.detach().clone()
     twin.update_reweighter(train, meta)
     return ((weights - twin.reweighter.weights.detach()) * direction).sum().item()
