@@ -40,6 +40,9 @@ class CompiledModel:
     def __init__(self, model: nn.Module) -> None:
         compile: Any = model.dynamo_ctx  # as the user asked for it
         self._model: nn.Module = model._orig_mod  # type: ignore[assignment]
+        # Graphs that are run backward twice must not give their memory away. For good, since those
+        # of changing shapes are completed only in the backward.
+        torch._functorch.config.donated_buffer = False
         self._forward = compile(_forward)
         self._forward_mode = compile(torch._dynamo.error_on_graph_break(True)(_forward_mode))
 
@@ -59,9 +62,7 @@ class CompiledModel:
         duals = {name: forward_ad.unpack_dual(tensor) for name, tensor in parameters.items()}
         tangents = {name: dual.tangent for name, dual in duals.items() if dual.tangent is not None}
         if not tangents:
-            # Its graph is to be run backward twice, so it must not give its memory away.
-            with torch._functorch.config.patch(donated_buffer=False):
-                outputs, compiled = self._forward(self._model, inputs)
+            outputs, compiled = self._forward(self._model, inputs)
             if not compiled:
                 raise NotCompiledError("PyTorch has left the forward uncompiled.")
             return outputs
