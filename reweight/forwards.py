@@ -8,12 +8,12 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.losses import ExitLosses
+from reweight.places import run_with
 from reweight.shards import placed
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
@@ -29,6 +29,7 @@ class ExitForward:
         inner: the module that the model wraps for distributed training, or the model itself.
         exits: takes the logits out of what the model returns; None if that is the logits.
         loss: (logits, target) → :class:`ExitLosses`, or the losses alone, [B, K].
+        compiled: runs the model compiled, inputs → outputs, in place of all else; None for no.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ExitForward:
         inner: nn.Module,
         exits: Callable[[Any], Any] | None,
         loss: LossFunction,
+        compiled: Callable[[Any], Any] | None = None,
     ) -> None:
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
-        self._holder = _Holder(inner)
+        self.compiled = compiled
 
     def __call__(
         self,
@@ -52,8 +54,8 @@ class ExitForward:
     ) -> ExitLosses:
         """The user's own forward: buffers move as they do in any training step.
 
-        Uncompiled, since compiled graphs can be run backward only once. A wrapper, which can be
-        left out, may first give all ranks the buffers of rank 0: the beginning is told.
+        A wrapper, which can be left out, may first give all ranks the buffers of rank 0: the
+        beginning is told.
         """
 
         def look(*_: Any) -> None:
@@ -63,8 +65,7 @@ class ExitForward:
         if wrapped and self._model is not self._inner:
             model, hook = self._model, self._inner.register_forward_pre_hook(look, prepend=True)
         try:
-            with within or nullcontext(), _uncompiled():
-                outputs = call(model, inputs)
+            outputs = self._outputs(model, inputs, within)
         finally:
             if hook is not None:
                 hook.remove()
@@ -85,14 +86,12 @@ class ExitForward:
 
         With tangents of some parameters it is one of dual numbers. What is to be done with the
         losses, gradients above all, is done by ``then``, while the parameters are in place:
-        activation checkpointing runs the model again in the backward. Compiled models run
-        uncompiled. The model, not the loss, is called ``within`` the context.
+        activation checkpointing runs the model again in the backward. The model, not the loss, is
+        called ``within`` the context.
         """
 
         def run() -> T:
-            with within or nullcontext(), _uncompiled():
-                outputs = call(self._inner, inputs)
-            return then(self._losses(outputs, target))
+            return then(self._losses(self._outputs(self._inner, inputs, within), target))
 
         if getattr(parametrize, "_cache_enabled", 0):
             raise ValueError(
@@ -101,9 +100,15 @@ class ExitForward:
             )
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         with placed(self._inner, parameters, tangents or {}) as rest:
-            swapped = {f"model.{name}": tensor for name, tensor in {**copies, **rest}.items()}
-            result: T = functional_call(self._holder, swapped, (run,))
-        return result
+            return run_with(self._inner, {**copies, **rest}, run)
+
+    def _outputs(
+        self, model: nn.Module, inputs: Any, within: AbstractContextManager[Any] | None
+    ) -> Any:
+        if self.compiled is not None:
+            return self.compiled(inputs)
+        with within or nullcontext(), torch.compiler.set_stance("force_eager"):
+            return call(model, inputs)
 
     def _losses(self, outputs: Any, target: Any) -> ExitLosses:
         result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
@@ -126,7 +131,7 @@ class ExitForward:
         return exit_losses._replace(losses=counted)
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
+def call(model: Callable[..., Any], inputs: Any) -> Any:
     """What the model makes of a tensor, a tuple or list of arguments, or a dict of named ones."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -281,20 +286,3 @@ def working_precision(parameters: Mapping[str, Tensor]) -> float:
     devices = {parameter.device.type for parameter in parameters.values()}
     dtypes |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-class _Holder(nn.Module):
-    """Runs what it is given, so that parameters of the model are in place meanwhile."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[], T]) -> T:
-        return run()
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled code has no forward mode and is specialised to the parameters themselves."""
-    context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return context

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
+from reweight.compiled import CompiledModel, uncompiled_if_need_be
 from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
 from reweight.forwards import (
     Beginning,
@@ -80,8 +81,7 @@ class MetaReweightStep:
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step cannot be differentiated, or the model is spread over
-            processes otherwise than by ``DistributedDataParallel`` or ``fully_shard``.
+        TypeError: the optimizer's step cannot be differentiated, or the model is parallel otherwise.
         ValueError: an argument is out of range or another on another rank, or the optimizer holds
             none of the parameters.
 
@@ -126,7 +126,9 @@ class MetaReweightStep:
         self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
         self.reweighter_optimizer = self._learner.optimizer
         self.interval, self.lean, self.lagged = interval, lean, lagged
-        self._forward = ExitForward(model, self._inner, exits, loss)
+        alone = self._group is None and estimator in ("auto", "forward")
+        compiled = CompiledModel.of(self._inner) if alone else None
+        self._forward = ExitForward(model, self._inner, exits, loss, compiled)
         self._lookahead = Lookahead(
             model=self._inner,
             forward=self._forward,
@@ -165,6 +167,7 @@ class MetaReweightStep:
             optimizer.step()
         return result
 
+    @uncompiled_if_need_be
     def backward(
         self, train: Batch, meta: Batch | None = None, *, scale: float = 1.0
     ) -> StepResult:
@@ -239,6 +242,7 @@ class MetaReweightStep:
         self._postponed = postponed
         return StepResult.of(losses, weights, update)
 
+    @uncompiled_if_need_be
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
         """Update the reweighter and nothing else, for loops that keep their own forward.
 

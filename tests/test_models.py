@@ -173,9 +173,9 @@ class MovingScale(nn.Module):
         return x
 
 
-def compiled(backend: str) -> nn.Module:
+def compiled(backend: str, *blocks: nn.Module) -> nn.Module:
     torch.compiler.reset()
-    return torch.compile(net(linear(), linear(), linear()), backend=backend)
+    return torch.compile(net(linear(), *blocks, linear()), backend=backend)
 
 
 def with_unused() -> nn.Module:
@@ -270,7 +270,13 @@ ROWS = {
     "activation checkpointing, not reentrant": Row(lambda: net(Checkpointed(False), linear())),
     "activation checkpointing, reentrant": Row(lambda: net(linear(), Checkpointed(True)), REFUSED),
     "torch.compile, eager": Row(lambda: compiled("eager")),
-    "torch.compile, aot_eager": Row(lambda: compiled("aot_eager")),
+    "torch.compile, aot_eager": Row(
+        lambda: compiled("aot_eager", Convolutions(nn.BatchNorm2d), nn.Dropout(0.3))
+    ),
+    "torch.compile, a shared module": Row(lambda: compiled("aot_eager", *[linear()] * 2)),
+    "torch.compile, torch.no_grad in the forward": Row(
+        lambda: compiled("aot_eager", Calls(normalised_without_gradient)), cuts=True
+    ),
     "a compiled function, aot_eager": Row(
         lambda: net(linear(), Calls(torch.compile(torch.sin, backend="aot_eager")))
     ),
@@ -315,6 +321,7 @@ def set_up(row: Row):
 def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Tensor) -> float:
     twin = copy.deepcopy(step)
     twin._lookahead.estimator = "unrolled"
+    twin._forward.compiled = None  # compiled code has no second order
     weights = twin.reweighter.weights.detach().clone()
     twin.update_reweighter(train, meta)
     return ((weights - twin.reweighter.weights.detach()) * direction).sum().item()
@@ -344,6 +351,7 @@ def test_model(name: str, through: str, caplog) -> None:
     plain = getattr(model, "_orig_mod", model)
     direction = torch.randn(8, 2, dtype=torch.float64)
     before = copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
+    held = dict(model.named_parameters())
     if row.cuts:
         slope = slope_by_double_backward(step, train, meta, direction)
     else:
@@ -365,6 +373,7 @@ def test_model(name: str, through: str, caplog) -> None:
     assert step.estimator == {EXACT: "auto", DIFFERENCES: "finite_difference"}[row.how]
     logged = [record.message for record in caplog.records if record.name == "reweight"]
     assert len(logged) == (row.how == DIFFERENCES), "one line that names the operation"
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
     tolerance = 1e-5 if row.how == EXACT else 1e-3
     assert (hypergradient * direction).sum().item() == pytest.approx(slope, rel=tolerance)
     if through == "update_reweighter":

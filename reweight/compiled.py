@@ -1,0 +1,133 @@
+"""A model of ``torch.compile`` in the passes of the step: all of them compiled, or none.
+
+Compiled code has no forward mode, but a function with forward mode in it can be compiled: the
+compiler then fuses the tangents with the values. Compiled code also draws random numbers in a way
+of its own, which the passes must share.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from reweight.forwards import call, plain_attention
+from reweight.places import by_place
+
+_logger = logging.getLogger("reweight")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class NotCompiledError(Exception):
+    """A pass that was to run compiled cannot."""
+
+
+class CompiledModel:
+    """Inputs → outputs, by a model of ``torch.compile`` with its parameters as they are now.
+
+    Where they are dual numbers, so are the outputs.
+
+    Args:
+        model: what ``torch.compile`` returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        compile: Any = model.dynamo_ctx  # as the user asked for it
+        self._model: nn.Module = model._orig_mod  # type: ignore[assignment]
+        # Graphs that are run backward twice must not give their memory away. For good, since those
+        # of changing shapes are completed only in the backward.
+        torch._functorch.config.donated_buffer = False
+        self._forward = compile(_forward)
+        self._forward_mode = compile(torch._dynamo.error_on_graph_break(True)(_forward_mode))
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "CompiledModel | None":
+        """That of this model; None if it is not compiled, or if PyTorch is too old for it."""
+        known = hasattr(model, "dynamo_ctx") and hasattr(torch._dynamo, "error_on_graph_break")
+        return cls(model) if known else None
+
+    def __call__(self, inputs: Any) -> Any:
+        """What the model makes of a tensor, a tuple or list of arguments, or a dict of named ones.
+
+        Raises:
+            NotCompiledError: PyTorch does not compile it, or not in one piece with dual numbers.
+        """
+        parameters = by_place(self._model, dict(self._model.named_parameters()))
+        duals = {name: forward_ad.unpack_dual(tensor) for name, tensor in parameters.items()}
+        tangents = {name: dual.tangent for name, dual in duals.items() if dual.tangent is not None}
+        if not tangents:
+            outputs, compiled = self._forward(self._model, inputs)
+            if not compiled:
+                raise NotCompiledError("PyTorch has left the forward uncompiled.")
+            return outputs
+        state = {name: dual.primal for name, dual in duals.items()}
+        try:
+            with plain_attention():
+                pairs, structure, compiled = self._forward_mode(
+                    self._model, state, tangents, inputs
+                )
+        except RuntimeError as error:
+            raise NotCompiledError(str(error)) from error
+        if not compiled:
+            raise NotCompiledError("PyTorch has left the forward-mode pass uncompiled.")
+        outputs = [z if dz is None else forward_ad.make_dual(z, dz) for z, dz in pairs]
+        return tree_unflatten(outputs, structure)
+
+
+def uncompiled_if_need_be(method: Method) -> Method:
+    """Makes a call of the step's begin once more without compilation, where a pass has none."""
+
+    @functools.wraps(method)
+    def run(step: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(step, *args, **kwargs)
+        except NotCompiledError as error:
+            step._forward.compiled = step._postponed = None  # whose masks may be compiled code's
+            _logger.warning(
+                "The model runs uncompiled from here on: %s", str(error).strip().splitlines()[0]
+            )
+        return method(step, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _forward(model: nn.Module, inputs: Any) -> tuple[Any, bool]:
+    """The outputs, and whether they are compiled code's."""
+    return call(model, inputs), torch.compiler.is_compiling()
+
+
+def _forward_mode(
+    model: nn.Module, state: dict[str, Tensor], tangents: dict[str, Tensor], inputs: Any
+) -> tuple[list[tuple[Any, Any]], Any, bool]:
+    """The outputs with their tangents, what they are the leaves of, and as above."""
+    with _NoTangentsWithoutGradients():  # of the dual level that is there
+        duals = {n: forward_ad.make_dual(state[n], tangents[n]) for n in tangents}
+        outputs = call(
+            lambda *args, **kwargs: functional_call(
+                model, {**state, **duals}, args, kwargs, tie_weights=False
+            ),
+            inputs,
+        )
+        leaves, structure = tree_flatten(outputs)
+        if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
+            raise RuntimeError("The model returns something else than containers of tensors.")
+        pairs = [(None, None) if z is None else tuple(forward_ad.unpack_dual(z)) for z in leaves]
+    return pairs, structure, torch.compiler.is_compiling()
+
+
+class _NoTangentsWithoutGradients(TorchFunctionMode):
+    """Cuts tangents where ``torch.no_grad`` cuts gradients."""
+
+    def __torch_function__(
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))

@@ -1,0 +1,222 @@
+"""A model of torch.compile in the step: each pass in one graph, results as without it."""
+
+import copy
+import logging
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from cases import Fixed, make_batch, make_model, warm_up
+from reweight import MeanObjective, MetaReweightStep
+from reweight.compiled import CompiledModel
+from reweight.places import run_with
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # the compiler looks at it
+    pytest.mark.filterwarnings("ignore:Guards may run slower"),  # on Python 3.13.0
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization"),
+]
+needs_it = pytest.mark.skipif(
+    not hasattr(torch._dynamo, "error_on_graph_break"), reason="runs uncompiled by older PyTorch"
+)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch.compiler.reset()
+
+
+def steps(
+    model: nn.Module, optimizer: SGD, name: str, through: str = "step", **options: object
+) -> tuple[MetaReweightStep, dict[str, Tensor]]:
+    """Two steps, and everything that they left behind."""
+    torch.manual_seed(3)
+    reweighter = Fixed(torch.rand(7, 3, dtype=torch.float64) + 0.5)
+    step = MetaReweightStep(
+        model,
+        optimizer,
+        reweighter,
+        # Long, so that the weights, which are of the order of 1, do not round the hypergradient.
+        reweighter_optimizer=SGD(reweighter.parameters(), lr=100.0),
+        objective=MeanObjective(),
+        **options,  # type: ignore[arg-type]
+    )
+    train, meta = make_batch(name, seed=1), make_batch(name, seed=2)
+    for _ in range(2):
+        getattr(step, "__call__" if through == "step" else through)(train, meta)
+    inner = getattr(model, "_orig_mod", model)
+    found = {"weights": reweighter.weights.detach(), **copy.deepcopy(inner.state_dict())}
+    found |= {f"{n}.grad": p.grad for n, p in inner.named_parameters() if p.grad is not None}
+    return step, found | {"random state": torch.get_rng_state()}
+
+
+def twins(model: nn.Module, name: str, backend: object) -> list[tuple[nn.Module, SGD]]:
+    """The same model and optimizer, eager and compiled, both after the same plain steps."""
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    warm_up(model, optimizer, make_batch(name))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    return [(model, optimizer), (torch.compile(twin, backend=backend), twin_optimizer)]
+
+
+def logged(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "reweight"]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
+
+
+# float64: some 1e2 operations that round by 1e-16 each, and the rate of 100.
+CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+
+
+@needs_it
+@pytest.mark.parametrize("through", ["step", "update_reweighter"])
+@pytest.mark.parametrize("name", ["conv_batch_norm", "transformer_dropout", "tied"])
+def test_each_pass_is_one_graph_with_the_same_result(name: str, through: str, caplog) -> None:
+    """aot_eager draws the random numbers that eager code draws, so that dropout is compared too."""
+    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    eager, compiled = twins(make_model(name), name, backend)
+    _, expected = steps(*eager, name, through)
+    step, found = steps(*compiled, name, through)
+    assert step._forward.compiled is not None
+    assert len(graphs) == 3  # train, meta and forward mode; none broken, none made again
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not logged(caplog)
+    assert_same(found, expected, **CLOSE)
+
+
+@needs_it
+@pytest.mark.parametrize(
+    "options",
+    [{"lagged": True}, {"lean": True}, {"train_fraction": 0.6}, {"interval": 2}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_step(options: dict[str, object]) -> None:
+    eager, compiled = twins(make_model("conv_batch_norm"), "conv_batch_norm", "aot_eager")
+    _, expected = steps(*eager, "conv_batch_norm", **options)
+    step, found = steps(*compiled, "conv_batch_norm", **options)
+    assert step._forward.compiled is not None
+    assert_same(found, expected, **CLOSE)
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4))
+        self.exits = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.layers(x)
+        return [self.exits[0](x), self.exits[1](nn.functional.dropout(x, 0.3))]
+
+
+@needs_it
+def test_inductor_draws_the_same_masks_in_every_pass() -> None:
+    """Its own ones, not those of eager code: the oracle is the compiled forward itself."""
+    torch.manual_seed(0)
+    model, x = Dropping().double(), torch.randn(9, 6, dtype=torch.float64)
+    compiled = CompiledModel.of(torch.compile(model))
+    assert compiled is not None
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    tangents = {name: torch.randn_like(parameter) for name, parameter in own.items()}
+
+    def at(parameters: dict[str, Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+        return run_with(model, fresh | parameters, lambda: compiled(x))
+
+    def along(distance: float) -> list[Tensor]:
+        return at({n: (p + distance * tangents[n]).requires_grad_() for n, p in own.items()})
+
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in own.items()}
+        values, changes = zip(*(forward_ad.unpack_dual(z) for z in at(duals)), strict=True)
+    leaves = {name: parameter.clone().requires_grad_() for name, parameter in own.items()}
+    logits, h = at(leaves), 1e-5
+    for value, change, here, above, below in zip(
+        values, changes, logits, along(h), along(-h), strict=True
+    ):
+        torch.testing.assert_close(value, here.detach(), rtol=1e-12, atol=1e-12)
+        # h² of the third derivative, and 1e-16 / h of rounding.
+        slope = (above - below).detach() / (2 * h)
+        torch.testing.assert_close(change, slope, rtol=1e-6, atol=1e-7)
+    total = torch.stack([z.sum() for z in logits]).sum()
+    first = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    again = torch.autograd.grad(total, list(leaves.values()))
+    assert all(map(torch.equal, first, again)), "no memory given away"
+    product = sum((g * t).sum() for g, t in zip(first, tangents.values(), strict=True))
+    torch.testing.assert_close(sum(change.sum() for change in changes), product)
+
+
+class Wrapped(nn.Module):
+    """Dropout, a layer, and something else; three exits."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], out: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.function, self.out = make_model("mlp"), function, out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.net(self.function(nn.functional.dropout(x, 0.2))))
+
+
+class Boxed:
+    def __init__(self, logits: list[Tensor]) -> None:
+        self.logits = logits
+
+
+def broken(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x
+
+
+@needs_it
+@pytest.mark.parametrize(
+    ("function", "out", "exits", "through"),
+    [
+        (broken, list, None, "step"),
+        (nn.Identity(), Boxed, attrgetter("logits"), "update_reweighter"),
+    ],
+    ids=["graph break", "unknown container"],
+)
+def test_what_does_not_compile_runs_uncompiled(function, out, exits, through, caplog) -> None:
+    def set_up(backend: str | None):
+        torch.manual_seed(0)
+        model = Wrapped(function, out)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        return (model if backend is None else torch.compile(model, backend=backend)), optimizer
+
+    _, expected = steps(*set_up(None), "mlp", through, exits=exits)
+    with caplog.at_level(logging.WARNING, "reweight"):
+        step, found = steps(*set_up("aot_eager"), "mlp", through, exits=exits)
+    assert step._forward.compiled is None
+    assert [line.split(":")[0] for line in logged(caplog)] == [
+        "The model runs uncompiled from here on"
+    ]
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_other_estimators_run_uncompiled() -> None:
+    model = make_model("mlp")
+    for estimator in ("unrolled", "finite_difference"):
+        optimizer = SGD(model.parameters(), lr=0.1)
+        compiled = torch.compile(model, backend="aot_eager")
+        step, _ = steps(compiled, optimizer, "mlp", estimator=estimator)
+        assert step._forward.compiled is None
