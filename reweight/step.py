@@ -81,7 +81,7 @@ class MetaReweightStep:
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step cannot be differentiated, or the model is parallel otherwise.
+        TypeError: the optimizer's step has no derivative, or the model is parallel otherwise.
         ValueError: an argument is out of range or another on another rank, or the optimizer holds
             none of the parameters.
 
