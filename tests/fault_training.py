@@ -125,5 +125,5 @@ def reported(
 
 
 if __name__ == "__main__":
-    with process_group(int(os.environ["RANK"]), 2, "env://", 5):
+    with process_group(int(os.environ["RANK"]), 2, "env://"):
         train_with_restarts(dist.get_rank(), sys.argv[1])
