@@ -20,7 +20,7 @@ from properties import assert_same
 from ranks import run_ranks
 
 
-def run(folder: Path, function, *args, seconds: float = 10) -> list[str]:
+def run(folder: Path, function, *args, seconds: float = 30) -> list[str]:
     """What became of the two ranks: nothing if one was killed."""
     run_ranks(2, reported, str(folder), seconds, function, *args, seconds=60)
     files = [folder / str(rank) for rank in range(2)]
