@@ -157,12 +157,13 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     colors = ("#fdba74", "#ea580c", "#7c2d12")
     for batch_size, color in zip(BATCH_SIZES, colors, strict=True):
         whole, *mine = (row for row in rows if row["batch_size"] == batch_size)
+        milliseconds = float(str(whole["milliseconds_per_image"]))
         axes.plot(
             [float(str(row["cost_over_whole"])) for row in mine],
             [float(str(row["time_over_whole"])) for row in mine],
             "o-",
             color=color,
-            label=f"batches of {batch_size} (1 is {whole['milliseconds_per_image']} ms an image)",
+            label=f"batches of {batch_size}; whole net {milliseconds:.1f} ms an image",
         )
     axes.plot([1], [1], "s", color="black", label="whole net")
     axes.set_xlim(0, 1.05)
