@@ -1,9 +1,15 @@
 """Early exit against the simulation, which runs the whole net and then chooses."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import early_exit_time
+import export
+import reweight
 from early_exit import answer
 from msdnet import MSDNet
 from ranet import RANet
@@ -122,3 +128,58 @@ def test_refusals() -> None:
         answer(net, torch.zeros(0, *SHAPE).double(), torch.zeros(4))
     with pytest.raises(ValueError, match="must be in evaluation mode"):
         answer(net.train(), torch.zeros(2, *SHAPE).double(), torch.zeros(4))
+
+
+def test_the_benchmark_measures_what_the_simulation_says() -> None:
+    net = make("msdnet")
+    images = images_of(60)
+    confidence, classes = simulated(net, images)
+    target = classes[:, -1].roll(1)
+    thresholds = {p: find_thresholds(confidence, exit_shares(3, p)) for p in (0.5, 1.5)}
+    whole, *rows = early_exit_time.measure(net, thresholds, images, target, 25, num_rounds=1)
+    costs = torch.tensor(reweight.exit_costs(net, images[:1], in_order=True)).double()
+    assert float(whole["mean_cost"]) == costs[-1]
+    right = (classes[:, -1] == target).double().mean().item()
+    assert float(whole["accuracy"]) == pytest.approx(right, abs=5.1e-5)  # written with four digits
+    for row, asked in zip(rows, thresholds.values(), strict=True):
+        exits = choose_exits(confidence, asked)
+        right = (classes.gather(1, exits[:, None])[:, 0] == target).double().mean().item()
+        assert row["answers_unlike_the_simulation"] == 0
+        assert float(row["mean_cost"]) == pytest.approx(costs[exits].mean().item(), abs=0.51)
+        assert float(row["accuracy"]) == pytest.approx(right, abs=5.1e-5)
+
+
+def test_the_benchmark_counts_answers_unlike_the_simulation(monkeypatch) -> None:
+    net, images = make("msdnet"), images_of(30)
+    thresholds = {1.0: find_thresholds(simulated(net, images)[0], exit_shares(3, 1.0))}
+    exits = answer(net, images, thresholds[1.0]).exits
+    monkeypatch.setattr(
+        early_exit_time, "answer", lambda net, x, t: answer(net, x, torch.full((3,), -torch.inf))
+    )
+    _, row = early_exit_time.measure(net, thresholds, images, exits, 30, num_rounds=1)
+    assert row["answers_unlike_the_simulation"] == int((exits > 0).sum()) > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.export
+def test_every_block_of_the_page_runs(tmp_path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "early_exit.md").read_text()
+    torch.manual_seed(0)
+    shape = (1, 28, 28)
+    scope = {
+        **{name: getattr(reweight, name) for name in reweight.__all__},
+        "torch": torch,
+        "MSDNet": MSDNet,
+        "answer": answer,
+        "export_exits": export.export_exits,
+        "loader": [(torch.randn(16, *shape), torch.randint(10, (16,)))] * 2,
+        "calibration_batch": (torch.randn(40, *shape), torch.randint(10, (40,))),
+        "test_images": torch.randn(20, *shape),
+        "path": str(tmp_path / "net.pt"),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, scope)
+    expected = choose_exits(simulated(scope["net"], scope["test_images"])[0], scope["thresholds"])
+    assert torch.equal(scope["answers"].exits, expected)
+    assert len(list(tmp_path.glob("net.pt.exit*.pt2"))) == 3
