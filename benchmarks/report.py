@@ -25,16 +25,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, str]
 Rows = dict[str, dict[int, Row]]  # by arm and seed
 
-# What the plots show, if it was run: few enough lines to read.
-CURVES = ("conventional", "frozen random", "published", "inverse")
 SIGMOID = "sigmoid, lr 1e-2, interval 10"
+# What the arms of an experiment are compared with, if it was run, beside conventional training.
+BASES = {"cheaper": ("sigmoid, lr 1e-2",), "digits-200": ("frozen random", "lr 1e-3")}
+# What the plots show, if it was run: few enough lines to read.
+CURVES = ("conventional", "frozen random", "published", SIGMOID)
 NOISE_CURVES = ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID)
 COLORS = {
     "conventional": "#525252",
     "frozen random": "#0e7490",
     "published": "#c2410c",
-    SIGMOID: "#c2410c",
-    "inverse": "#7e22ce",
+    SIGMOID: "#15803d",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
 }
@@ -88,14 +89,15 @@ def difference(rows: Rows, arm: str, base: str, name: str, base_name: str | None
     return f"**{text}**" if abs(mean) > reach else text
 
 
-def table(rows: Rows) -> str:
+def table(rows: Rows, bases: Sequence[str]) -> str:
     """One line for each arm; runs that diverged are counted, and left out of the means."""
     rows, diverged = split_diverged(rows)
+    bases = ["conventional", *(base for base in bases if base in rows)]
     num_exits = sum(name.startswith("exit ") for name in next(iter(rows["conventional"].values())))
     noisy = any(not math.isnan(float(r["wrong weight"])) for a in rows.values() for r in a.values())
-    heads = ["arm", "seeds", "accuracy" if num_exits == 1 else "budgeted", "− conventional"]
+    heads = ["arm", "seeds", "accuracy" if num_exits == 1 else "budgeted"]
+    heads += [f"− {base}" for base in bases]
     if num_exits > 1:
-        heads += ["− frozen random"] if "frozen random" in rows else []
         heads += ["area", "exit 1", f"exit {num_exits}"]
     if noisy:
         heads += ["best epoch", "end − conventional's best", "weight clean / wrong"]
@@ -108,9 +110,8 @@ def table(rows: Rows) -> str:
 
         seeds = str(len(mine)) + (f" (and {diverged[arm]} diverged)" if diverged[arm] else "")
         cells = [arm, seeds, f"{np.mean(column(mine, 'budgeted')):.2f}"]
-        cells.append(against("budgeted"))
+        cells += [against("budgeted", base) for base in bases]
         if num_exits > 1:
-            cells += [against("budgeted", "frozen random")] if "frozen random" in rows else []
             cells += [against(name) for name in ("area", "exit 1", f"exit {num_exits}")]
         if noisy:
             cells.append(f"{np.mean(column(mine, 'best budgeted')):.2f}")
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, name = load(path), path.stem
         if "conventional" not in rows:
             continue
-        chosen = NOISE_CURVES if "noise" in name or name == "long-tail" else CURVES
+        chosen = NOISE_CURVES if "noise" in name else CURVES
         chosen = [arm for arm in chosen if arm in rows]
         plots = {}
         if len(rows) > 2:
@@ -277,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len(chosen) > 1:
             plots["weights"] = partial(plot_weights, arms=chosen[1:])
             plots["movement"] = partial(plot_movement, arms=chosen[1:])
-        blocks = [table(rows)]
+        blocks = [table(rows, BASES.get(name, ("frozen random",)))]
         for kind, plot in plots.items():
             plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)
             blocks.append(f"![{name}, {kind}](results/{name}-{kind}.png)")
