@@ -244,6 +244,16 @@ class StandardInputs(SampleReweighter):
         return super().forward(losses._replace(losses=(logarithms - mean) / (std + 1e-6)))
 
 
+class SoftplusForm(SampleReweighter):
+    """softplus(raw), its mean over the batch 1 at each exit: like the sigmoid, never flat above."""
+
+    def forward(self, losses: ExitLosses | Tensor) -> Tensor:
+        """See :class:`SampleReweighter`."""
+        assert isinstance(losses, ExitLosses)
+        positive = nn.functional.softplus(self.network(losses.losses.detach()))
+        return positive / positive.mean(0).clamp(min=1e-30)
+
+
 def reweighter(
     kind: type[SampleReweighter] = SampleReweighter, **options: Any
 ) -> Callable[[int, int], nn.Module]:
@@ -360,15 +370,16 @@ ARMS: dict[str, Arm] = {
     "combined": ours(
         kind=StandardInputs, objective=AREA, meta="extra", average_over="both", lr=1e-2
     ),
-    # What a step may leave out; against "sigmoid, lr 1e-2", and its interval of 10 above.
-    "sigmoid, lr 1e-2, lagged": ours(form="sigmoid", lr=1e-2, lagged=True),
-    "sigmoid, lr 1e-2, lagged, next batch": ours(form="sigmoid", lr=1e-2, lagged=True, meta="next"),
-    "sigmoid, lr 1e-2, halves": ours(form="sigmoid", lr=1e-2, meta="halves"),
-    "sigmoid, lr 1e-2, a quarter": ours(
-        form="sigmoid", lr=1e-2, train_fraction=0.25, meta_share=0.25
-    ),
-    "sigmoid, lr 1e-2, moves the end": ours(
-        form="sigmoid", lr=1e-2, moves=lambda name: name.startswith(("exits.", "blocks.4."))
+    "softplus, lr 1e-2": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2),
+    "softplus, lr 1e-2, interval 10": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2, interval=10),
+    # What a step may leave out, against "sigmoid".
+    "sigmoid, interval 10": ours(form="sigmoid", lr=1e-3, interval=10),
+    "sigmoid, lagged": ours(form="sigmoid", lr=1e-3, lagged=True),
+    "sigmoid, lagged, next batch": ours(form="sigmoid", lr=1e-3, lagged=True, meta="next"),
+    "sigmoid, halves": ours(form="sigmoid", lr=1e-3, meta="halves"),
+    "sigmoid, a quarter": ours(form="sigmoid", lr=1e-3, train_fraction=0.25, meta_share=0.25),
+    "sigmoid, moves the end": ours(
+        form="sigmoid", lr=1e-3, moves=lambda name: name.startswith(("exits.", "blocks.4."))
     ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),

@@ -77,9 +77,9 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "digits-200": Experiment("digits", 5, 60, 200, batch_size=50, width=8),
+    "digits-200": Experiment("digits", 5, 40, 200, batch_size=50, width=8),
     "cheaper": Experiment(
-        "digits", 5, 60, None, label_noise=0.4, meta="extra", batch_size=64, width=8, hidden=256
+        "digits", 5, 20, None, label_noise=0.4, meta="extra", batch_size=64, width=8, hidden=256
     ),
     "fashion-narrow": Experiment("fashion-mnist", 5, 4, None, batch_size=256, lr=0.1, width=4),
     "fashion-5k": Experiment("fashion-mnist", 5, 40, 5000, batch_size=100, width=8),
@@ -103,7 +103,7 @@ EXPERIMENTS = {
     "long-tail": Experiment(
         "fashion-mnist",
         5,
-        30,
+        20,
         10_000,
         long_tail=100,
         num_clean=100,
