@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from arms import ARMS
@@ -30,7 +31,10 @@ SIGMOID = "sigmoid, lr 1e-2, interval 10"
 BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 # What the plots show, if it was run: few enough lines to read.
 CURVES = ("conventional", "frozen random", "published", SIGMOID)
-NOISE_CURVES = ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID)
+PLOTTED = {
+    "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
+    "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
+}
 COLORS = {
     "conventional": "#525252",
     "frozen random": "#0e7490",
@@ -38,6 +42,9 @@ COLORS = {
     SIGMOID: "#15803d",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
+    "sigmoid": "#0e7490",
+    "sigmoid, lr 1e-2": "#c2410c",
+    "softplus, lr 1e-2": "#7e22ce",
 }
 
 
@@ -229,6 +236,8 @@ def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> No
     for arm in arms:
         moved = np.mean([numbers(row, "moved") for row in rows[arm].values()], 0)
         axes.plot(np.arange(1, len(moved) + 1), moved, color=COLORS[arm], label=arm)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean distance of weights from 1")
     axes.set_title(title, fontsize="medium")
@@ -268,8 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, name = load(path), path.stem
         if "conventional" not in rows:
             continue
-        chosen = NOISE_CURVES if "noise" in name else CURVES
-        chosen = [arm for arm in chosen if arm in rows]
+        chosen = [arm for arm in PLOTTED.get(name, CURVES) if arm in rows]
         plots = {}
         if len(rows) > 2:
             plots["differences"] = plot_differences
