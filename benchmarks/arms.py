@@ -244,6 +244,16 @@ class StandardInputs(SampleReweighter):
         return super().forward(losses._replace(losses=(logarithms - mean) / (std + 1e-6)))
 
 
+class SoftplusForm(SampleReweighter):
+    """softplus(raw), its mean over the batch 1 at each exit: like the sigmoid, never flat above."""
+
+    def forward(self, losses: ExitLosses | Tensor) -> Tensor:
+        """See :class:`SampleReweighter`."""
+        assert isinstance(losses, ExitLosses)
+        positive = nn.functional.softplus(self.network(losses.losses.detach()))
+        return positive / positive.mean(0).clamp(min=1e-30)
+
+
 def reweighter(
     kind: type[SampleReweighter] = SampleReweighter, **options: Any
 ) -> Callable[[int, int], nn.Module]:
@@ -262,12 +272,15 @@ class Arm:
         options: of the MetaReweightStep.
         meta: where the meta batches come from: the "halves" of each batch, "extra" held-out samples
             beside the training set, samples held out "of the training set", the "test" set
-            (cheating: a bound). None as the experiment says.
+            (cheating: a bound), or the "next" training batch, no meta batch being given. None as
+            the experiment says.
+        meta_share: size of a meta batch over that of the training batch; not of halves.
         train_on: the "train" samples, the "clean" meta samples, or "both" as one training set.
         epochs: times those of the experiment.
         warm_up: share of the epochs before which every weight is 1.
         augment: shift by up to 2 pixels and mirror.
         dropout: before every exit.
+        class_balanced: weights are over the frequency of the sample's class, too.
         frozen_from: the arm whose learned weighting weighs here from the start, fixed.
     """
 
@@ -276,20 +289,23 @@ class Arm:
     lr: float | None = 1e-4
     options: Mapping[str, Any] = field(default_factory=dict)
     meta: str | None = None
+    meta_share: float = 1.0
     train_on: str = "train"
     epochs: int = 1
     warm_up: float = 0.0
     augment: bool = False
     dropout: float = 0.0
+    class_balanced: bool = False
     frozen_from: str | None = None
 
 
 def ours(*, lr: float = 1e-4, **changes: Any) -> Arm:
     """The published method, with one thing changed."""
-    names = ("meta", "warm_up", "augment", "dropout", "weighting")
+    names = ("meta", "meta_share", "warm_up", "augment", "dropout", "weighting")
     mine = {name: changes.pop(name) for name in names if name in changes}
     kind = changes.pop("kind", SampleReweighter)
-    steps = {name: changes.pop(name) for name in ("objective", "interval") if name in changes}
+    options = ("objective", "interval", "lagged", "train_fraction", "moves")
+    steps = {name: changes.pop(name) for name in options if name in changes}
     return Arm(
         **{"weighting": reweighter(kind, **changes), **mine}, learned=True, lr=lr, options=steps
     )
@@ -310,6 +326,7 @@ ARMS: dict[str, Arm] = {
         lr=1e-3,
         options={"objective": MeanObjective(), "pseudo_update": "gradient_descent"},
     ),
+    "class-balanced": Arm(class_balanced=True),
     "clean added": Arm(train_on="both"),
     "clean only": Arm(train_on="clean"),
     # Ours, and one thing changed at a time.
@@ -319,20 +336,23 @@ ARMS: dict[str, Arm] = {
     "sigmoid, lr 1e-2": ours(form="sigmoid", lr=1e-2),
     "sigmoid, lr 1e-2, interval 10": ours(form="sigmoid", lr=1e-2, interval=10),
     "frozen random": Arm(reweighter()),
-    "frozen learned": Arm(reweighter(), frozen_from="published"),
-    "selection": Arm(selection),
-    "hand-designed": Arm(hand_designed),
-    "mean objective": ours(objective=MeanObjective()),
-    "confidences": ours(inputs="confidences"),
-    "losses and confidences": ours(inputs="both"),
-    "strength 0.3": ours(strength=0.3),
-    "strength 2": ours(strength=2.0),
-    "p 0.5": ours(objective=BudgetedObjective(0.5)),
-    "p 1": ours(objective=BudgetedObjective(1.0)),
     "interval 10": ours(interval=10),
-    "mean over samples": ours(average_over="samples"),
     "lr 1e-3": ours(lr=1e-3),
     "lr 1e-2": ours(lr=1e-2),
+    "mean objective": ours(objective=MeanObjective()),
+    "frozen learned": Arm(reweighter(), frozen_from="lr 1e-3"),
+    "selection": Arm(selection),
+    "hand-designed": Arm(hand_designed),
+    "mean objective, lr 1e-3": ours(objective=MeanObjective(), lr=1e-3),
+    "confidences, lr 1e-3": ours(inputs="confidences", lr=1e-3),
+    "losses and confidences, lr 1e-3": ours(inputs="both", lr=1e-3),
+    "strength 0.3, lr 1e-3": ours(strength=0.3, lr=1e-3),
+    "strength 2, lr 1e-3": ours(strength=2.0, lr=1e-3),
+    "p 0.5, lr 1e-3": ours(objective=BudgetedObjective(0.5), lr=1e-3),
+    "p 1, lr 1e-3": ours(objective=BudgetedObjective(1.0), lr=1e-3),
+    "interval 10, lr 1e-3": ours(interval=10, lr=1e-3),
+    "mean over samples, lr 1e-3": ours(average_over="samples", lr=1e-3),
+    "mean over both, lr 1e-3": ours(average_over="both", lr=1e-3),
     "extra meta": ours(meta="extra"),
     "extra meta, lr 1e-3": ours(meta="extra", lr=1e-3),
     "held-out meta, lr 1e-3": ours(meta="of the training set", lr=1e-3),
@@ -349,6 +369,17 @@ ARMS: dict[str, Arm] = {
     "dropout, lr 1e-3": ours(dropout=0.3, lr=1e-3),
     "combined": ours(
         kind=StandardInputs, objective=AREA, meta="extra", average_over="both", lr=1e-2
+    ),
+    "softplus, lr 1e-2": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2),
+    "softplus, lr 1e-2, interval 10": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2, interval=10),
+    # What a step may leave out, against "sigmoid".
+    "sigmoid, interval 10": ours(form="sigmoid", lr=1e-3, interval=10),
+    "sigmoid, lagged": ours(form="sigmoid", lr=1e-3, lagged=True),
+    "sigmoid, lagged, next batch": ours(form="sigmoid", lr=1e-3, lagged=True, meta="next"),
+    "sigmoid, halves": ours(form="sigmoid", lr=1e-3, meta="halves"),
+    "sigmoid, a quarter": ours(form="sigmoid", lr=1e-3, train_fraction=0.25, meta_share=0.25),
+    "sigmoid, moves the end": ours(
+        form="sigmoid", lr=1e-3, moves=lambda name: name.startswith(("exits.", "blocks.4."))
     ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),

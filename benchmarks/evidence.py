@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from data import augment, load_data
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
-NUM_CLEAN = 1000  # held-out samples that serve as clean, or extra, meta data
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Experiment:
         train_size: samples to train on.
         label_noise: share of them with a wrong label.
         long_tail: size of the first class over the last.
+        num_clean: held-out samples that serve as clean, or extra, meta data, all classes alike; at
+            most half of those that are held out.
         meta: where meta batches come from, see :class:`arms.Arm`.
         batch_size: samples of each training step, and of each meta batch.
         lr: at the start; SGD with Nesterov momentum 0.9, weight decay 1e-4, cosine to 0.
@@ -67,6 +68,7 @@ class Experiment:
     train_size: int | None
     label_noise: float = 0.0
     long_tail: float = 1.0
+    num_clean: int = 1000
     meta: str = "halves"
     batch_size: int = 64
     lr: float = 0.05
@@ -75,7 +77,11 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "digits": Experiment("digits", 5, 20, None, batch_size=32, width=8),
+    "digits-200": Experiment("digits", 5, 40, 200, batch_size=50, width=8),
+    "cheaper": Experiment(
+        "digits", 5, 20, None, label_noise=0.4, meta="extra", batch_size=64, width=8, hidden=256
+    ),
+    "fashion-narrow": Experiment("fashion-mnist", 5, 4, None, batch_size=256, lr=0.1, width=4),
     "fashion-5k": Experiment("fashion-mnist", 5, 40, 5000, batch_size=100, width=8),
     "fashion-1k": Experiment("fashion-mnist", 5, 40, 1000, batch_size=50, width=8),
     **{
@@ -96,14 +102,14 @@ EXPERIMENTS = {
     },
     "long-tail": Experiment(
         "fashion-mnist",
-        1,
-        30,
-        20_000,
+        5,
+        20,
+        10_000,
         long_tail=100,
+        num_clean=100,
         meta="extra",
-        batch_size=128,
+        batch_size=100,
         width=8,
-        hidden=256,
     ),
 }
 
@@ -196,7 +202,7 @@ def splits(experiment: Experiment, seed: int) -> dict[str, Samples]:
         images, labels = getattr(data, name).tensors
         right = labels == data.train_clean_labels if name == "train" else labels == labels
         parts[name] = Samples(images, labels, right)
-    num_extra = min(NUM_CLEAN, len(parts["calibration"]) // 2)
+    num_extra = min(experiment.num_clean, len(parts["calibration"]) // 2)
     parts["extra"] = parts["calibration"][:num_extra]
     parts["calibration"] = parts["calibration"][num_extra:]
     return parts
@@ -218,6 +224,8 @@ class Run:
             self.pool, self.train = train[:num_held], train[num_held:]
         elif self.meta_from == "test":
             self.pool = parts["test"]
+        counts = self.train.labels.bincount()
+        self.class_weights = len(self.train) / (len(counts) * counts)
 
         torch.manual_seed(seed)
         self.model = Net(
@@ -267,10 +275,11 @@ class Run:
         batches = order[: num_steps * size].view(num_steps, size)
         for index in range(num_steps):
             train = self.train[batches[index]]
-            if self.meta_from == "halves":
+            if self.meta_from in ("halves", "next"):
                 yield train, self.train[batches[index ^ 1]]
             else:
-                yield train, self.pool[torch.randint(len(self.pool), (size,))]
+                num_meta = round(size * self.arm.meta_share)
+                yield train, self.pool[torch.randint(len(self.pool), (num_meta,))]
 
     def train_epoch(self, epoch: int) -> tuple[ExitLosses, Tensor, Tensor]:
         """Losses, weights and cleanness of the samples as they were met."""
@@ -281,13 +290,16 @@ class Run:
             batch = train.batch(self.arm.augment)
             self.optimizer.zero_grad()
             if self.arm.learned and warm:
-                result = self.step.backward(batch, meta.batch(self.arm.augment))
+                judge = None if self.meta_from == "next" else meta.batch(self.arm.augment)
+                result = self.step.backward(batch, judge)
                 exit_losses, weights = result.losses, result.weights
             else:
                 exit_losses = exit_cross_entropy(self.model(batch[0]), batch[1])
                 with torch.no_grad():
                     detached = exit_losses._replace(losses=exit_losses.losses.detach())
                     weights = self.weighting(detached) if warm else torch.ones_like(detached.losses)
+                    if self.arm.class_balanced:
+                        weights = weights * self.class_weights[batch[1]].unsqueeze(1)
                 (weights * exit_losses.losses).mean(0).sum().backward()
             self.optimizer.step()
             seen.append((exit_losses.losses.detach(), weights.detach(), train.is_clean))

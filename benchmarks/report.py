@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from arms import ARMS
@@ -25,18 +26,25 @@ DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, str]
 Rows = dict[str, dict[int, Row]]  # by arm and seed
 
-# What the plots show, if it was run: few enough lines to read.
-CURVES = ("conventional", "frozen random", "published", "inverse")
 SIGMOID = "sigmoid, lr 1e-2, interval 10"
-NOISE_CURVES = ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID)
+# What the arms of an experiment are compared with, if it was run, beside conventional training.
+BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
+# What the plots show, if it was run: few enough lines to read.
+CURVES = ("conventional", "frozen random", "published", SIGMOID)
+PLOTTED = {
+    "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
+    "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
+}
 COLORS = {
     "conventional": "#525252",
     "frozen random": "#0e7490",
     "published": "#c2410c",
-    SIGMOID: "#c2410c",
-    "inverse": "#7e22ce",
+    SIGMOID: "#15803d",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
+    "sigmoid": "#0e7490",
+    "sigmoid, lr 1e-2": "#c2410c",
+    "softplus, lr 1e-2": "#7e22ce",
 }
 
 
@@ -88,14 +96,15 @@ def difference(rows: Rows, arm: str, base: str, name: str, base_name: str | None
     return f"**{text}**" if abs(mean) > reach else text
 
 
-def table(rows: Rows) -> str:
+def table(rows: Rows, bases: Sequence[str]) -> str:
     """One line for each arm; runs that diverged are counted, and left out of the means."""
     rows, diverged = split_diverged(rows)
+    bases = ["conventional", *(base for base in bases if base in rows)]
     num_exits = sum(name.startswith("exit ") for name in next(iter(rows["conventional"].values())))
     noisy = any(not math.isnan(float(r["wrong weight"])) for a in rows.values() for r in a.values())
-    heads = ["arm", "seeds", "accuracy" if num_exits == 1 else "budgeted", "− conventional"]
+    heads = ["arm", "seeds", "accuracy" if num_exits == 1 else "budgeted"]
+    heads += [f"− {base}" for base in bases]
     if num_exits > 1:
-        heads += ["− frozen random"] if "frozen random" in rows else []
         heads += ["area", "exit 1", f"exit {num_exits}"]
     if noisy:
         heads += ["best epoch", "end − conventional's best", "weight clean / wrong"]
@@ -108,9 +117,8 @@ def table(rows: Rows) -> str:
 
         seeds = str(len(mine)) + (f" (and {diverged[arm]} diverged)" if diverged[arm] else "")
         cells = [arm, seeds, f"{np.mean(column(mine, 'budgeted')):.2f}"]
-        cells.append(against("budgeted"))
+        cells += [against("budgeted", base) for base in bases]
         if num_exits > 1:
-            cells += [against("budgeted", "frozen random")] if "frozen random" in rows else []
             cells += [against(name) for name in ("area", "exit 1", f"exit {num_exits}")]
         if noisy:
             cells.append(f"{np.mean(column(mine, 'best budgeted')):.2f}")
@@ -228,6 +236,8 @@ def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> No
     for arm in arms:
         moved = np.mean([numbers(row, "moved") for row in rows[arm].values()], 0)
         axes.plot(np.arange(1, len(moved) + 1), moved, color=COLORS[arm], label=arm)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean distance of weights from 1")
     axes.set_title(title, fontsize="medium")
@@ -267,8 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, name = load(path), path.stem
         if "conventional" not in rows:
             continue
-        chosen = NOISE_CURVES if "noise" in name or name == "long-tail" else CURVES
-        chosen = [arm for arm in chosen if arm in rows]
+        chosen = [arm for arm in PLOTTED.get(name, CURVES) if arm in rows]
         plots = {}
         if len(rows) > 2:
             plots["differences"] = plot_differences
@@ -277,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len(chosen) > 1:
             plots["weights"] = partial(plot_weights, arms=chosen[1:])
             plots["movement"] = partial(plot_movement, arms=chosen[1:])
-        blocks = [table(rows)]
+        blocks = [table(rows, BASES.get(name, ("frozen random",)))]
         for kind, plot in plots.items():
             plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)
             blocks.append(f"![{name}, {kind}](results/{name}-{kind}.png)")
