@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from cases import Fixed, make_batch, make_model, warm_up
-from reweight import MeanObjective, MetaReweightStep
+from reweight import MeanObjective, MetaReweightStep, SampleReweighter
 from reweight.compiled import CompiledModel
 from reweight.places import run_with
 
@@ -114,6 +114,21 @@ def test_options_of_the_step(options: dict[str, object]) -> None:
     step, found = steps(*compiled, "conv_batch_norm", **options)
     assert step._forward.compiled is not None
     assert_same(found, expected, **CLOSE)
+
+
+@needs_it
+def test_batches_of_changing_size() -> None:
+    """Graphs for any size are completed only in the backward."""
+    name, states = "conv_batch_norm", []
+    for model, optimizer in twins(make_model(name), name, "aot_eager"):
+        torch.manual_seed(3)
+        step = MetaReweightStep(model, optimizer, SampleReweighter(3).double())
+        for size in (7, 5, 6, 7):
+            step(make_batch(name, size, seed=1), make_batch(name, size, seed=2))
+        inner = getattr(model, "_orig_mod", model)
+        states.append(copy.deepcopy({**inner.state_dict(), **step.reweighter.state_dict()}))
+    assert step._forward.compiled is not None
+    assert_same(*states, **CLOSE)
 
 
 class Dropping(nn.Module):
