@@ -103,7 +103,7 @@ EXPERIMENTS = {
     "long-tail": Experiment(
         "fashion-mnist",
         5,
-        20,
+        6,
         10_000,
         long_tail=100,
         num_clean=100,
