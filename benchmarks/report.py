@@ -139,11 +139,16 @@ def numbers(row: Row, name: str) -> np.ndarray:
 
 
 def plot_differences(path: Path, rows: Rows, title: str) -> None:
-    """Each arm's paired difference to conventional training, with its interval and its seeds."""
+    """Each arm's paired difference to conventional training, with its interval and its seeds.
+
+    Intervals may leave the picture, which is as wide as the differences need: of two seeds they
+    can be ten times as wide.
+    """
     rows, _ = split_diverged(rows)
     arms = [arm for arm in rows if arm != "conventional"]
     figure = Figure(figsize=(7, 0.9 + 0.27 * len(arms)), layout="constrained")
     axes = figure.add_subplot()
+    everything = [0.0]
     for place, arm in enumerate(reversed(arms)):
         seeds = sorted(set(rows[arm]) & set(rows["conventional"]))
         if not seeds:
@@ -153,9 +158,12 @@ def plot_differences(path: Path, rows: Rows, title: str) -> None:
         if not math.isnan(reach):
             axes.plot([mean - reach, mean + reach], [place, place], color="#525252", linewidth=1.2)
         dots = np.subtract(after, before)
+        everything.extend(dots)
         axes.plot(dots, [place] * len(dots), "o", color="#c2410c", alpha=0.45, markersize=3.5)
         axes.plot(mean, place, "|", color="black", markersize=9)
     axes.axvline(0, color="#525252", linewidth=1, linestyle="--")
+    margin = 0.25 * np.ptp(everything)
+    axes.set_xlim(min(everything) - margin, max(everything) + margin)
     axes.set_yticks(range(len(arms)), list(reversed(arms)), fontsize="small")
     axes.set_xlabel("difference to conventional training (points)")
     axes.set_title(title, fontsize="medium")
