@@ -68,6 +68,29 @@ class StepResult(NamedTuple):
             parts.append(f"reweighter not updated: non-finite {', '.join(found)}")
         return ", ".join(parts)
 
+    def scalars(self) -> dict[str, Tensor]:
+        """What a logger takes, one number each, detached and still on the device.
+
+        Returns:
+            ``train_loss``; ``loss/exit_k`` and ``weight/exit_k``, means over the samples, k from 1;
+            where the reweighter was updated also ``meta_loss``, ``hypergradient_norm`` and
+            ``share/exit_k``, the share of the meta batch that exit k is judged on.
+        """
+        found = {"train_loss": self.train_loss}
+        columns = {
+            "loss": self.losses.mean_over_samples(self.losses.losses),
+            "weight": self.losses.mean_over_samples(self.weights),
+            "share": self.exit_shares,
+        }
+        for name, values in columns.items():
+            for k, value in enumerate([] if values is None else values, start=1):
+                found[f"{name}/exit_{k}"] = value
+        for name in ("meta_loss", "hypergradient_norm"):
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value
+        return found
+
     @classmethod
     def of(cls, losses: ExitLosses, weights: Tensor, update: Update | None) -> "StepResult":
         """The report of a step with these losses and weights, and perhaps an update."""

@@ -41,6 +41,9 @@ ORDER = [
     "learner",
     "step",
     "__init__",
+    "integrations.__init__",
+    "integrations.lightning",
+    "integrations.huggingface",
 ]
 
 
@@ -78,7 +81,8 @@ def test_public_names_are_those_of_the_init() -> None:
 
 def test_import_loads_no_extra() -> None:
     """Examples' and tests' packages stay out of ``import reweight``."""
-    extras = ["sklearn", "matplotlib", "rich", "PIL", "pytest", "hypothesis", "torchvision"]
+    extras = ["sklearn", "matplotlib", "rich", "PIL", "pytest", "hypothesis", "lightning"]
+    extras += ["transformers", "accelerate", "torchvision", "timm"]
     code = f"import sys, reweight; print([m for m in {extras} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

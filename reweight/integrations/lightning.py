@@ -1,0 +1,119 @@
+"""A Lightning callback that trains with :class:`reweight.MetaReweightStep`."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from reweight.result import StepResult
+from reweight.reweighter import SampleReweighter
+from reweight.step import MetaReweightStep
+
+
+class MetaReweight(Callback):
+    """Trains the module with learned weights; without the callback it trains as before.
+
+    While ``Trainer.fit`` runs, the backward of automatic optimisation is that of the step: what the
+    module's ``forward`` returns are the logits of its exits, and its ``training_step`` is not
+    called. Optimizer, schedulers, precision, accumulation, DDP and checkpoints stay Lightning's,
+    and the look-ahead clips and scales as the Trainer does. The train loader yields pairs (train,
+    meta), as ``CombinedLoader([train_loader, meta_loader], "max_size_cycle")`` does; with
+    ``lagged=True`` it may yield (inputs, target), and the next batch judges.
+
+    ``training_step`` cannot know its loss before the backward, so that hooks see the train loss as
+    ``outputs["loss"]`` from this callback on: put it first. The scalars of every step are logged
+    with ``log_dict``; the step itself is ``callback.step`` once training has started.
+
+    Args:
+        reweighter: as of ``MetaReweightStep``; made after ``seed_everything``, it is the same on
+            all ranks.
+        options: keyword arguments of ``MetaReweightStep``, but for those that the Trainer knows:
+            ``clip_grad_norm`` and ``scaler``.
+
+    Raises:
+        TypeError: an option is not one, or a batch is no pair (train, meta).
+        ValueError: the module optimizes manually, or the Trainer clips gradients by value.
+
+    Example:
+        >>> from reweight import SampleReweighter
+        >>> callback = MetaReweight(SampleReweighter(num_exits=3), interval=10)
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, reweighter: SampleReweighter, **options: Any) -> None:
+        for name in ("clip_grad_norm", "scaler"):
+            if name in options:
+                raise TypeError(f"`{name}` must be left to the Trainer, got one in `options`.")
+        self.reweighter, self.options = reweighter, options
+        self.step: MetaReweightStep | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._result: StepResult | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the step of what the strategy has moved and wrapped, and take over the backward."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "`automatic_optimization` must be True, got a module that optimizes manually: call "
+                "MetaReweightStep in its training_step instead."
+            )
+        max_norm = trainer.gradient_clip_val or None
+        if max_norm is not None and str(trainer.gradient_clip_algorithm or "norm") != "norm":
+            raise ValueError("`gradient_clip_algorithm` must be 'norm', got 'value'.")
+        self.step = step = MetaReweightStep(
+            trainer.strategy.model or pl_module,
+            trainer.optimizers,
+            self.reweighter.to(pl_module.device),
+            clip_grad_norm=max_norm,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            **self.options,
+        )
+        if self._loaded is not None:
+            step.load_state_dict(self._loaded)
+        current: dict[str, Any] = {}
+
+        def training_step(batch: Any, batch_idx: int) -> Tensor:
+            train, meta = batch if _is_pair(batch) and all(map(_is_pair, batch)) else (batch, None)
+            current.update(train=train, meta=meta)
+            return next(pl_module.parameters()).new_zeros(())
+
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            with trainer.precision_plugin.forward_context():
+                result = step.backward(**current, scale=1 / trainer.accumulate_grad_batches)
+            current.clear()
+            self._result = result
+
+        # On the object, where they hide the methods of its class until on_train_end.
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+        pl_module.backward = backward  # type: ignore[method-assign]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Say what the loss was, and log the scalars of the step."""
+        if self._result is not None:
+            outputs["loss"] = self._result.train_loss
+            scalars = {f"reweight/{name}": value for name, value in self._result.scalars().items()}
+            pl_module.log_dict(scalars, batch_size=len(self._result.weights))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give back the module's own methods."""
+        for name in ("training_step", "backward"):
+            pl_module.__dict__.pop(name, None)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give back the module's own methods."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the step, for the Trainer's checkpoint."""
+        return (self._loaded or {}) if self.step is None else self.step.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the step is made."""
+        self._loaded = state_dict or None
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2

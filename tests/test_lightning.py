@@ -1,0 +1,257 @@
+"""The Lightning callback against the same training written as a loop, and through the Trainer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from reweight import MetaReweightStep, SampleReweighter, exit_cross_entropy
+from reweight.integrations.lightning import MetaReweight
+
+NUM_STEPS, BATCH = 4, 8
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Exits(LightningModule):
+    """Two exits, BatchNorm and momentum: what a wrong order of events would show in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU())
+        self.exits = nn.ModuleList([nn.Linear(10, 3), nn.Linear(10, 3)])
+        self.losses: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        features = self.body(inputs)
+        return [each(features) for each in self.exits]
+
+    def training_step(self, batch, batch_idx):
+        (inputs, target), _ = batch
+        return exit_cross_entropy(self(inputs), target).losses.mean(0).sum()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"])
+
+
+def samples(seed: int, num: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num, 6, generator=generator)
+    return TensorDataset(inputs, torch.randint(3, (num,), generator=generator))
+
+
+def loader(num_steps: int = NUM_STEPS) -> CombinedLoader:
+    parts = [DataLoader(samples(seed, num_steps * BATCH), BATCH) for seed in (1, 2)]
+    return CombinedLoader(parts, "min_size")
+
+
+def callback(**options) -> MetaReweight:
+    torch.manual_seed(1)
+    return MetaReweight(SampleReweighter(num_exits=2), **options)
+
+
+def fit(
+    module: Exits,
+    *callbacks: Callback,
+    max_steps: int = NUM_STEPS,
+    num_batches: int = NUM_STEPS,
+    path=None,
+    **options,
+):
+    trainer = Trainer(
+        devices=1,
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        **QUIET | options,
+    )
+    trainer.fit(module, loader(num_batches), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def by_hand(
+    *, accumulate: int = 1, autocast=None, scaler=None, max_norm=None
+) -> tuple[Exits, MetaReweightStep]:
+    """The loop that the Trainer stands for."""
+    module = Exits()
+    [optimizer], [schedule] = module.configure_optimizers()
+    torch.manual_seed(1)
+    reweighter = SampleReweighter(num_exits=2)
+    step = MetaReweightStep(module, optimizer, reweighter, clip_grad_norm=max_norm, scaler=scaler)
+    for index, (train, meta) in enumerate(zip(*loader().iterables, strict=True)):
+        if index % accumulate == 0:
+            optimizer.zero_grad()
+        # As the Trainer's: a cache of casts would add up gradients in low precision.
+        with torch.autocast(
+            "cpu", autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False
+        ):
+            step.backward(train, meta, scale=1 / accumulate)
+        if index % accumulate == accumulate - 1:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            schedule["scheduler"].step()
+    return module, step
+
+
+def assert_bitwise(module: nn.Module, other: nn.Module) -> None:
+    for (name, found), wanted in zip(
+        module.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize(
+    ("options", "loop"),
+    [
+        ({}, {}),
+        ({"accumulate_grad_batches": 2, "max_steps": 2}, {"accumulate": 2}),
+        ({"gradient_clip_val": 0.05}, {"max_norm": 0.05}),
+        ({"precision": "bf16-mixed"}, {"autocast": torch.bfloat16}),
+        ({"precision": "16-mixed"}, {"autocast": torch.float16, "scaler": True}),
+        (
+            {"precision": "16-mixed", "gradient_clip_val": 0.05},
+            {"autocast": torch.float16, "scaler": True, "max_norm": 0.05},
+        ),
+    ],
+)
+def test_fit_is_the_loop_bitwise(options, loop) -> None:
+    plugins = {}
+    if loop.get("scaler"):
+        from lightning.pytorch.plugins import MixedPrecision
+
+        options, loop = dict(options), dict(loop)
+        options.pop("precision")
+        scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2)]
+        plugins["plugins"] = [MixedPrecision("16-mixed", "cpu", scalers[0])]
+        loop["scaler"] = scalers[1]
+    module, used = Exits(), callback()
+    fit(module, used, **options, **plugins)
+    wanted, step = by_hand(**loop)
+    assert_bitwise(module, wanted)
+    assert_bitwise(used.reweighter, step.reweighter)
+    fresh = callback().reweighter.state_dict().values()
+    learnt = used.reweighter.state_dict().values()
+    assert not all(map(torch.equal, learnt, fresh)), "the reweighter has learnt nothing"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_resumes_bitwise(tmp_path: Path) -> None:
+    """With one batch, as Lightning does not go on where a plain loader was."""
+    whole, used = Exits(), callback()
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(whole, used, saving, num_batches=1, enable_checkpointing=True)
+    resumed, again = Exits(), callback()
+    saving, path = ModelCheckpoint(dirpath=tmp_path), tmp_path / "epoch=0.ckpt"
+    fit(resumed, again, saving, num_batches=1, path=path, enable_checkpointing=True)
+    assert len(resumed.losses) == NUM_STEPS - 1
+    assert_bitwise(resumed, whole)
+    assert_bitwise(again.reweighter, used.reweighter)
+
+
+def test_scalars_are_logged_and_the_loss_is_known() -> None:
+    module, used = Exits(), callback()
+    trainer = fit(module, used)
+    names = {"train_loss", "meta_loss", "hypergradient_norm"}
+    names |= {f"{name}/exit_{k}" for name in ("loss", "weight", "share") for k in (1, 2)}
+    logged = trainer.callback_metrics
+    assert {f"reweight/{name}" for name in names} <= set(logged)
+    assert torch.equal(module.losses[-1], logged["reweight/train_loss"])
+    assert len({loss.item() for loss in module.losses}) == NUM_STEPS
+
+
+def test_the_module_gets_its_methods_back() -> None:
+    module = Exits()
+    own = module.training_step
+    fit(module, callback())
+    assert module.training_step == own
+    assert "backward" not in vars(module)
+    with pytest.raises(TypeError, match="`meta` must be a pair"):
+        Trainer(max_steps=1, callbacks=[callback()], **QUIET).fit(module, loader().iterables[0])
+    assert module.training_step == own
+
+
+def test_lagged_needs_no_meta_batch() -> None:
+    module, used = Exits(), callback(lagged=True)
+    Trainer(max_steps=3, callbacks=[used], **QUIET).fit(module, loader().iterables[0])
+    assert torch.isfinite(used._result.meta_loss)
+
+
+def test_what_cannot_work_says_so() -> None:
+    with pytest.raises(ValueError, match="`gradient_clip_algorithm` must be 'norm'"):
+        fit(Exits(), callback(), gradient_clip_val=0.1, gradient_clip_algorithm="value")
+    manual = Exits()
+    manual.automatic_optimization = False
+    with pytest.raises(ValueError, match="`automatic_optimization` must be True"):
+        fit(manual, callback())
+    with pytest.raises(TypeError, match="`scaler` must be left to the Trainer"):
+        callback(scaler=None)
+
+
+class Joined(Exits):
+    """Without BatchNorm, whose statistics DDP takes of each rank's own samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = nn.Identity()
+        self.double()
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Rank r of n has every n-th sample: their batches joined are those of one process."""
+        rank, num = self.trainer.global_rank, self.trainer.world_size
+        sets = [samples(seed, NUM_STEPS * BATCH).tensors for seed in (1, 2)]
+        parts = [TensorDataset(x[rank::num].double(), y[rank::num]) for x, y in sets]
+        return CombinedLoader([DataLoader(part, BATCH // num) for part in parts], "min_size")
+
+
+def train_on(devices: int) -> Joined:
+    seed_everything(1, verbose=False)
+    module = Joined()
+    used = MetaReweight(SampleReweighter(num_exits=2).double())
+    strategy = "ddp" if devices > 1 else "auto"
+    options = {**QUIET, "devices": devices, "strategy": strategy, "use_distributed_sampler": False}
+    Trainer(max_steps=NUM_STEPS, callbacks=[used], **options).fit(module)
+    return module
+
+
+def test_two_processes_are_one_on_the_joined_batches(tmp_path: Path) -> None:
+    """To 1e-10 in float64: the sums are in another order."""
+    code = (
+        "import sys, torch, test_lightning as t; torch.set_num_threads(1)\n"
+        "module = t.train_on(2)\n"
+        "if module.global_rank == 0: torch.save(module.state_dict(), sys.argv[1])\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]}\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        f"if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines())
+    )
+    path = tmp_path / "state.pt"
+    subprocess.run([sys.executable, str(script), str(path)], check=True, timeout=300)
+    wanted = train_on(1).state_dict()
+    for name, found in torch.load(path, weights_only=True).items():
+        torch.testing.assert_close(found, wanted[name], rtol=0, atol=1e-10)
