@@ -60,7 +60,8 @@ def unpack(batch: Any, name: str) -> Batch:
         ValueError: the target holds no sample.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        got = f"{len(batch)} values" if isinstance(batch, tuple | list) else type(batch).__name__
+        got = type(batch).__name__
+        got = f"a {got} of {len(batch)}" if isinstance(batch, tuple | list) else got
         raise TypeError(
             f"{name} must be a pair (inputs, target), got {got}. Several inputs go into a "
             "tuple or a dict: ((first, second), target)."
@@ -93,6 +94,17 @@ def drawn_rows(batch: Batch, fraction: float, seed: int) -> Tensor | None:
     size = num_samples(batch)
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return drawn[: max(1, round(fraction * size))].sort().values
+
+
+def describe(nested: Any) -> str:
+    """What the inputs of a batch are, in words."""
+    if isinstance(nested, Tensor):
+        return f"{nested.dtype} {list(nested.shape)} on {nested.device}"
+    if isinstance(nested, Mapping):
+        return "named arguments " + ", ".join(f"{k}={describe(v)}" for k, v in nested.items())
+    if isinstance(nested, tuple | list):
+        return f"{len(nested)} arguments " + ", ".join(map(describe, nested))
+    return type(nested).__name__
 
 
 def _tensors(nested: Any) -> Iterator[Tensor]:

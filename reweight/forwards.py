@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from reweight.batches import describe
 from reweight.losses import ExitLosses
 from reweight.places import run_with
 from reweight.shards import placed
@@ -105,10 +106,16 @@ class ExitForward:
     def _outputs(
         self, model: nn.Module, inputs: Any, within: AbstractContextManager[Any] | None
     ) -> Any:
-        if self.compiled is not None:
-            return self.compiled(inputs)
-        with within or nullcontext(), torch.compiler.set_stance("force_eager"):
-            return call(model, inputs)
+        try:
+            if self.compiled is not None:
+                return self.compiled(inputs)
+            with within or nullcontext(), torch.compiler.set_stance("force_eager"):
+                return call(model, inputs)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                got = describe(inputs)
+                error.add_note(f"`model` got the inputs of a batch (inputs, target): {got}.")
+            raise
 
     def _losses(self, outputs: Any, target: Any) -> ExitLosses:
         result = self._loss(outputs if self._exits is None else self._exits(outputs), target)

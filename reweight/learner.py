@@ -26,7 +26,7 @@ class ReweighterLearner:
         clip_hypergradient: the largest norm of ∂L_meta/∂w that is passed on; None for any.
 
     Raises:
-        TypeError: the reweighter is wrapped for distributed training.
+        TypeError: the reweighter is no module, or wrapped for distributed training.
         ValueError: the optimizer holds something else, or the norm is not positive.
     """
 
@@ -37,6 +37,11 @@ class ReweighterLearner:
         clip_hypergradient: float | None = None,
     ) -> None:
         check_positive("clip_hypergradient", clip_hypergradient)
+        if not isinstance(reweighter, nn.Module):
+            raise TypeError(
+                "`reweighter` must be a module such as SampleReweighter(num_exits=3), got "
+                f"{reweighter!r}."
+            )
         if unwrap(reweighter)[1] is not None:
             raise TypeError(
                 "`reweighter` must be bare, got one in DistributedDataParallel or sharded. Pass "

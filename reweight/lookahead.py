@@ -50,16 +50,31 @@ class Lookahead:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {self.train_fraction}.")
         for optimizer in self.optimizers:
             check_differentiable(optimizer, self.exactness)
-        if not self.moved():
-            raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
+        if isinstance(self.objective, type):
+            name = self.objective.__name__
+            raise TypeError(f"`objective` must be called with losses, got a class: pass {name}().")
+        self.moved()
 
     def held(self) -> Parameters:
         """The trainable parameters that the optimizers hold, by name."""
         return held_parameters(self.model, self.optimizers)
 
     def moved(self) -> Parameters:
-        """Those of them that the look-ahead moves."""
-        return held_parameters(self.model, self.optimizers, self.moves)
+        """Those of them that the look-ahead moves.
+
+        Raises:
+            ValueError: there is none.
+        """
+        moved = held_parameters(self.model, self.optimizers, self.moves)
+        if not moved and self.held():
+            raise ValueError("`moves` must choose a parameter of the optimizer, got none.")
+        if not moved:
+            raise ValueError(
+                "`model` must train by the optimizer of this step, got parameters that are frozen "
+                "or others, new ones as of a move to another device. Move and freeze the model "
+                "first, then create the optimizer, then the step."
+            )
+        return moved
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """What a gradient is to begin with, where a GradScaler is in use."""

@@ -246,7 +246,9 @@ def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> lis
         if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
             raise ValueError(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "
-                f"dimension, {[*samples, classes]}, got {list(each.shape)}."
+                f"dimension, {[*samples, classes]}, got {list(each.shape)}. Class indices are one "
+                "number for each sample: target.squeeze(-1) of a column, target.argmax(-1) of rows "
+                "of 0 and 1. Take input and target from the same batch."
             )
     return exits
 

@@ -38,7 +38,13 @@ def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOpti
     held = list(map(id, held_by(several)))
     if len(set(held)) < len(held):
         raise ValueError("`optimizer` must hold each parameter once, got one that is held twice.")
-    if not {id(p) for p in parameters if p.requires_grad} & set(held):
+    trainable = {id(p) for p in parameters if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "`model` must have a trainable parameter, got none. Call model.requires_grad_() or "
+            "that of the part to train."
+        )
+    if not trainable & set(held):
         raise ValueError(
             "`optimizer` must hold parameters of `model`, got one that holds none of them. Create "
             "it from model.parameters(), after moving the model to its device."

@@ -35,6 +35,7 @@ class SampleReweighter(nn.Module):
         num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
 
     Raises:
+        TypeError: the number of exits is not a whole number.
         ValueError: an argument is out of range, or K = 1 with the mean over the exits, which would
             make every weight 1.
 
@@ -58,6 +59,8 @@ class SampleReweighter(nn.Module):
         num_hidden: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(num_exits, int):
+            raise TypeError(f"`num_exits` must be a whole number, got {num_exits!r}.")
         if num_exits < 1:
             raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
         form = form or ("sigmoid" if num_exits == 1 else "tanh")
@@ -116,7 +119,8 @@ class SampleReweighter(nn.Module):
         if losses.dim() != 2 or losses.shape[1] != self.num_exits:
             raise ValueError(
                 f"`losses` must have shape [samples, num_exits={self.num_exits}], got "
-                f"{list(losses.shape)}. Build SampleReweighter with as many exits as the model has."
+                f"{list(losses.shape)}. Build SampleReweighter with as many exits as the model "
+                "has, or let `loss` return a row for each sample and a column for each exit."
             )
         parameter = next(self.network.parameters())
         if self.inputs == "losses":
