@@ -164,6 +164,44 @@ class Uncertainty(nn.Module):
         return (weights / weights.mean()).expand_as(exit_losses.losses)
 
 
+class GradNorm(nn.Module):
+    """Weights whose exits move ``shared`` at like rates (Chen et al., ICML 2018), mean 1.
+
+    With n_k = ‖∂L_k/∂shared‖ and r_k the loss over its first value, mean 1 over the exits, the
+    weights descend on Σ_k |w_k·n_k − mean(w·n)·r_k^1.5|, the second term held fixed. One step of
+    Adam of lr 0.025 at each batch.
+    """
+
+    shared: Tensor  # the last parameter that all exits have in common; the runner sets it
+
+    def __init__(self, num_exits: int, batch_size: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(num_exits))
+        self.optimizer = torch.optim.Adam([self.weights], 0.025)
+        self.first: Tensor | None = None
+
+    def forward(self, exit_losses: ExitLosses) -> Tensor:
+        """Weights [B, K]; moves them. The losses carry the graph of their batch, and keep it."""
+        means = exit_losses.losses.detach().mean(0)
+        if self.first is None:
+            self.first = means
+        with torch.enable_grad():
+            gradients = [
+                torch.autograd.grad(losses.mean(), self.shared, retain_graph=True)[0]
+                for losses in exit_losses.losses.unbind(1)
+            ]
+        with torch.no_grad():
+            norms = torch.stack([gradient.norm() for gradient in gradients])
+            rates = means / self.first
+            actual = self.weights * norms
+            wanted = actual.mean() * (rates / rates.mean()) ** 1.5
+            self.weights.grad = norms * (actual - wanted).sign()
+            self.optimizer.step()
+            self.weights.clamp_(min=1e-3)
+            self.weights /= self.weights.mean()
+        return self.weights.detach().clone().expand_as(exit_losses.losses)
+
+
 class FreeWeights(nn.Module):
     """A weight of its own for every entry of the batch, made of the hypergradient at once.
 
@@ -319,6 +357,7 @@ ARMS: dict[str, Arm] = {
     "exit probability": Arm(exit_probability),
     "focal": Arm(focal),
     "uncertainty": Arm(Uncertainty),
+    "GradNorm": Arm(GradNorm),
     "L2RW": Arm(l2rw, learned=True, lr=None, options={"objective": MeanObjective()}),
     "Meta-Weight-Net": Arm(
         MetaWeightNet,

@@ -2,8 +2,8 @@
 
 MSDNet with five exits on Fashion-MNIST: each budget's thresholds come from a held-out split and are
 saved with the net; test images are answered in batches of 1, 32 and 256, beside the whole net on
-the same batches, all on one thread. Time is the processor's, which is the wall clock's on a core
-that nobody shares. Writes `results/early_exit_time.csv` and `.png`. The net is trained for a few
+the same batches, all on one thread. Time is the wall clock's: run it on a machine that does nothing
+else. Writes `results/early_exit_time.csv` and `.png`. The net is trained for a few
 hundred steps, enough for exits that are sure of some images and not of others, and kept in --net.
 
     python benchmarks/early_exit_time.py
@@ -13,7 +13,6 @@ import argparse
 import csv
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def measure(
     contestants: dict[float | str, Any] = {WHOLE: (lambda: whole(net, batches), 1)}
     for power, asked in thresholds.items():
         contestants[power] = (lambda asked=asked: early(net, batches, asked), 1)
-    seconds = seconds_by_turns(contestants, num_rounds, time.process_time)
+    seconds = seconds_by_turns(contestants, num_rounds)
     ratios = median_ratios(seconds, WHOLE)
     logits = whole(net, batches)
     rows = []

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from arms import ARMS, Arm
+from arms import ARMS, Arm, GradNorm
 from reweight import (
     ExitLosses,
     MetaReweightStep,
@@ -242,6 +242,8 @@ class Run:
         self.epochs = experiment.epochs * arm.epochs
         self.scheduler = CosineAnnealingLR(self.optimizer, self.epochs)
         self.weighting = arm.weighting(experiment.num_exits, experiment.batch_size)
+        if isinstance(self.weighting, GradNorm):
+            self.weighting.shared = self.model.blocks[0][0].weight
         if arm.learned:
             parameters = self.weighting.parameters()
             self.step = MetaReweightStep(
@@ -296,8 +298,9 @@ class Run:
             else:
                 exit_losses = exit_cross_entropy(self.model(batch[0]), batch[1])
                 with torch.no_grad():
-                    detached = exit_losses._replace(losses=exit_losses.losses.detach())
-                    weights = self.weighting(detached) if warm else torch.ones_like(detached.losses)
+                    weights = (
+                        self.weighting(exit_losses) if warm else torch.ones_like(exit_losses.losses)
+                    )
                     if self.arm.class_balanced:
                         weights = weights * self.class_weights[batch[1]].unsqueeze(1)
                 (weights * exit_losses.losses).mean(0).sum().backward()

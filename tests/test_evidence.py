@@ -119,6 +119,42 @@ def test_uncertainty_finds_the_losses(exit_losses: ExitLosses) -> None:
     torch.testing.assert_close(products, products.mean().expand(3), rtol=1e-3, atol=0)
 
 
+def test_gradnorm_descends_on_its_loss() -> None:
+    """By automatic differentiation of the paper's loss, through the norms of the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    images, heads = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((8, 4), (3, 5))
+    )
+    weighting = arms.GradNorm(3, 8).double()
+    weighting.shared = shared
+
+    def losses() -> torch.Tensor:
+        return ((images @ shared).tanh() @ heads.T - 1) ** 2
+
+    first = losses().mean(0).detach()
+    weighting(ExitLosses(losses()))
+    with torch.no_grad():
+        shared -= 0.3
+    before = weighting.weights.detach().clone().requires_grad_()
+    means = losses().mean(0)
+    norms = torch.stack(
+        [
+            torch.autograd.grad(weight * mean, shared, create_graph=True)[0].norm()
+            for weight, mean in zip(before, means, strict=True)
+        ]
+    )
+    rates = (means / first).detach()
+    wanted = norms.mean().detach() * (rates / rates.mean()) ** 1.5
+    (expected,) = torch.autograd.grad((norms - wanted).abs().sum(), before)
+    weights = weighting(ExitLosses(losses()))
+    torch.testing.assert_close(weighting.weights.grad, expected, rtol=1e-12, atol=0)
+    assert (expected > 0).any()
+    assert (expected < 0).any()
+    torch.testing.assert_close(weights.mean(1), torch.ones(8, dtype=torch.float64))
+    assert not torch.equal(weights[0], before)
+
+
 def test_frozen_learned_starts_from_what_was_learned(monkeypatch) -> None:
     seen = {}
     call = evidence.Run.__call__
