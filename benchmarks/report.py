@@ -30,7 +30,7 @@ SIGMOID = "sigmoid, lr 1e-2, interval 10"
 # What the arms of an experiment are compared with, if it was run, beside conventional training.
 BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 # What the plots show, if it was run: few enough lines to read.
-CURVES = ("conventional", "frozen random", "published", SIGMOID)
+CURVES = ("conventional", "frozen random", "published", "lr 1e-3", SIGMOID)
 PLOTTED = {
     "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
     "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
@@ -39,6 +39,7 @@ COLORS = {
     "conventional": "#525252",
     "frozen random": "#0e7490",
     "published": "#c2410c",
+    "lr 1e-3": "#7e22ce",
     SIGMOID: "#15803d",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
@@ -171,7 +172,10 @@ def plot_differences(path: Path, rows: Rows, title: str) -> None:
 
 
 def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
-    """Budgeted curves: means over the seeds, and bands of the 95 % interval of the mean."""
+    """Budgeted curves: means over the seeds, and bands of the 95 % interval of the mean.
+
+    Bands may leave the picture, which is as high as the seeds' own curves need.
+    """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     curves = {
@@ -184,6 +188,7 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
     lowest = max(cost.min() for each in curves.values() for cost, _ in each)
     highest = min(cost.max() for each in curves.values() for cost, _ in each)
     grid = np.linspace(lowest, highest, 100)
+    seen = []
     for arm, each in curves.items():
         values = np.array(
             [
@@ -191,6 +196,7 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
                 for cost, accuracy in each
             ]
         )
+        seen.append(values)
         mean = values.mean(0)
         label = f"{arm} ({len(each)} seeds)" if len(each) > 1 else f"{arm} (1 seed)"
         axes.plot(grid / 1e3, mean, color=COLORS[arm], linewidth=1.8, label=label)
@@ -199,6 +205,9 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
             axes.fill_between(
                 grid / 1e3, mean - reach, mean + reach, color=COLORS[arm], alpha=0.13, linewidth=0
             )
+    everything = np.concatenate(seen)
+    margin = 0.1 * np.ptp(everything)
+    axes.set_ylim(everything.min() - margin, everything.max() + margin)
     axes.set_xlabel("mean cost of an answer (thousand multiply-adds)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title, fontsize="medium")
