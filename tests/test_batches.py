@@ -37,7 +37,7 @@ def test_a_single_sample_is_left_out_with_a_warning() -> None:
 def test_bad_batches_are_named() -> None:
     with pytest.raises(ValueError, match="same number of samples, got 2, 3"):
         halves(torch.zeros(2), torch.zeros(3))
-    with pytest.raises(TypeError, match=r"must be a pair \(inputs, target\), got 3 values"):
+    with pytest.raises(TypeError, match=r"must be a pair \(inputs, target\), got a tuple of 3"):
         list(swap_halves([(torch.zeros(2), torch.zeros(2), torch.zeros(2))]))
     with pytest.raises(ValueError, match="same number of samples, got 0, 2"):
         halves(torch.zeros(2), torch.tensor(1.0))
