@@ -1,5 +1,6 @@
 """The Lightning callback against the same training written as a loop, and through the Trainer."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,7 @@ def fit(
     max_steps: int = NUM_STEPS,
     num_batches: int = NUM_STEPS,
     path=None,
+    train=None,
     **options,
 ):
     trainer = Trainer(
@@ -82,7 +84,7 @@ def fit(
         callbacks=list(callbacks),
         **QUIET | options,
     )
-    trainer.fit(module, loader(num_batches), ckpt_path=path, weights_only=True)
+    trainer.fit(module, train or loader(num_batches), ckpt_path=path, weights_only=True)
     return trainer
 
 
@@ -189,15 +191,37 @@ def test_the_module_gets_its_methods_back() -> None:
     fit(module, callback())
     assert module.training_step == own
     assert "backward" not in vars(module)
-    with pytest.raises(TypeError, match="`meta` must be a pair"):
+    with pytest.raises(ValueError, match=r"A batch must be a pair \(train, meta\).*CombinedLoader"):
         Trainer(max_steps=1, callbacks=[callback()], **QUIET).fit(module, loader().iterables[0])
     assert module.training_step == own
+    module.training_step = lambda batch, batch_idx: own(batch, batch_idx)  # on the object
+    replaced = module.training_step
+    fit(module, callback())
+    assert module.training_step is replaced
+    with pytest.raises(ValueError, match="`gradient_clip_algorithm`"):  # before it is taken over
+        fit(module, callback(), gradient_clip_val=0.1, gradient_clip_algorithm="value")
+    assert module.training_step is replaced
+
+
+def test_a_state_is_loaded_once() -> None:
+    """A later fit begins with a step of its own, as its optimizer is one."""
+    used = callback()
+    calls = []
+    for load in (False, True, False):
+        if load:
+            used.load_state_dict(used.state_dict())
+        fit(Exits(), used)
+        calls.append(used.state_dict()["num_calls"])
+    assert calls == [NUM_STEPS, 2 * NUM_STEPS, NUM_STEPS]
 
 
 def test_lagged_needs_no_meta_batch() -> None:
     module, used = Exits(), callback(lagged=True)
     Trainer(max_steps=3, callbacks=[used], **QUIET).fit(module, loader().iterables[0])
     assert torch.isfinite(used._result.meta_loss)
+    # Between two calls that accumulate, the step that the next batch would judge is not taken.
+    with pytest.raises(ValueError, match="accumulate nothing"):
+        fit(Exits(), used, accumulate_grad_batches=2, train=loader().iterables[0])
 
 
 def test_what_cannot_work_says_so() -> None:
@@ -255,3 +279,16 @@ def test_two_processes_are_one_on_the_joined_batches(tmp_path: Path) -> None:
     wanted = train_on(1).state_dict()
     for name, found in torch.load(path, weights_only=True).items():
         torch.testing.assert_close(found, wanted[name], rtol=0, atol=1e-10)
+
+
+def test_the_example_trains_both_ways(capsys) -> None:
+    import lightning_exits  # the processes of the test above have no path to it
+
+    lightning_exits.main(["--epochs", "4"])
+    printed = capsys.readouterr().out
+    conventional, reweighted = re.findall(r"(?:conventional|reweighted): .*", printed)
+    assert conventional.split()[1:] != reweighted.split()[1:]
+    for line in (conventional, reweighted):
+        assert all(float(share) > 50 for share in re.findall(r"([\d.]+)%", line)), line
+    assert printed.count("within a budget") == 6
+    assert len(re.findall(r"reweight/weight/exit_\d [\d.]+", printed)) == 4

@@ -31,8 +31,9 @@ class MetaReweight(Callback):
             ``clip_grad_norm`` and ``scaler``.
 
     Raises:
-        TypeError: an option is not one, or a batch is no pair (train, meta).
-        ValueError: the module optimizes manually, or the Trainer clips gradients by value.
+        TypeError: an option is not one.
+        ValueError: the module optimizes manually, the Trainer clips gradients by value, or a batch
+            is no pair (train, meta) where one is needed: accumulating, with ``lagged=True`` too.
 
     Example:
         >>> from reweight import SampleReweighter
@@ -48,6 +49,7 @@ class MetaReweight(Callback):
         self.step: MetaReweightStep | None = None
         self._loaded: dict[str, Any] | None = None
         self._result: StepResult | None = None
+        self._hidden: dict[str, Any] = {}  # what the module had on itself, by the methods' names
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the step of what the strategy has moved and wrapped, and take over the backward."""
@@ -69,20 +71,28 @@ class MetaReweight(Callback):
         )
         if self._loaded is not None:
             step.load_state_dict(self._loaded)
+            self._loaded = None
         current: dict[str, Any] = {}
 
         def training_step(batch: Any, batch_idx: int) -> Tensor:
             train, meta = batch if _is_pair(batch) and all(map(_is_pair, batch)) else (batch, None)
+            if meta is None and not (step.lagged and trainer.accumulate_grad_batches == 1):
+                raise ValueError(
+                    "A batch must be a pair (train, meta), each (inputs, target), got something "
+                    "else: give the Trainer CombinedLoader([train_loader, meta_loader], "
+                    "'max_size_cycle'), or set lagged=True and accumulate nothing."
+                )
             current.update(train=train, meta=meta)
             return next(pl_module.parameters()).new_zeros(())
 
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.train_step_context():
                 result = step.backward(**current, scale=1 / trainer.accumulate_grad_batches)
             current.clear()
             self._result = result
 
         # On the object, where they hide the methods of its class until on_train_end.
+        self._hidden = {name: vars(pl_module).get(name) for name in ("training_step", "backward")}
         pl_module.training_step = training_step  # type: ignore[method-assign]
         pl_module.backward = backward  # type: ignore[method-assign]
 
@@ -97,8 +107,11 @@ class MetaReweight(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give back the module's own methods."""
-        for name in ("training_step", "backward"):
-            pl_module.__dict__.pop(name, None)
+        for name, own in self._hidden.items():
+            delattr(pl_module, name)
+            if own is not None:
+                setattr(pl_module, name, own)
+        self._hidden = {}
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
