@@ -129,6 +129,15 @@ def test_the_trainer_is_the_loop(tmp_path: Path, accumulate: int, batch: int) ->
     assert "forward" not in vars(model)
 
 
+def test_low_precision(tmp_path: Path) -> None:
+    """Accelerate wraps the forward in autocast, on the object, where it is found again."""
+    model, used, _ = fit(tmp_path, bf16=True)
+    assert torch.isfinite(used.result.meta_loss)
+    assert used.result.hypergradient_norm > 0
+    assert not used.step.num_skipped
+    assert "left_out" not in vars(model)["forward"].__qualname__
+
+
 def test_resumes(tmp_path: Path) -> None:
     whole, used, _ = fit(tmp_path / "a", save_strategy="steps", save_steps=2)
     resumed, again, _ = fit(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-2"))

@@ -119,7 +119,7 @@ class MetaReweight(TrainerCallback):
             self.step.load_state_dict(saved["step"])
             self.num_meta = saved["num_meta"]
         self._device, self._batches = args.device, self._meta_batches(self.num_meta)
-        forward = model.forward
+        forward, self._own = model.forward, vars(model).get("forward")
 
         def left_out(*positional: Any, **inputs: Any) -> Any:
             """The Trainer's own forward only says what its batch is; the step's are real."""
@@ -163,8 +163,10 @@ class MetaReweight(TrainerCallback):
             os.replace(path.with_suffix(".part"), path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give back the model's own forward."""
-        kwargs["model"].__dict__.pop("forward", None)
+        """Give back the model's own forward, or the one Accelerate has put on the object."""
+        del kwargs["model"].forward
+        if self._own is not None:
+            kwargs["model"].forward = self._own
 
     def _meta_batches(self, start: int) -> Iterator[dict[str, Any]]:
         while True:
