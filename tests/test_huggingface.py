@@ -56,9 +56,9 @@ def reweighter() -> SampleReweighter:
     return SampleReweighter(num_exits=2).double()
 
 
-def fit(path: Path, *, accumulate: int = 1, batch: int = BATCH, resume=None, **options):
+def fit(path: Path, *, accumulate: int = 1, batch: int = BATCH, resume=None, meta=None, **options):
     model = language_model()
-    used = MetaReweight(reweighter(), DataLoader(Tokens(2), batch))
+    used = MetaReweight(reweighter(), meta or DataLoader(Tokens(2), batch))
     settings = {
         "max_steps": NUM_STEPS,
         "learning_rate": 1e-2,
@@ -136,6 +136,14 @@ def test_low_precision(tmp_path: Path) -> None:
     assert used.result.hypergradient_norm > 0
     assert not used.step.num_skipped
     assert "left_out" not in vars(model)["forward"].__qualname__
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        fit(tmp_path, remove_unused_columns=True)
+    once = iter(list(DataLoader(Tokens(2), BATCH))[:2])
+    with pytest.raises(ValueError, match="`meta` must begin anew"):
+        fit(tmp_path, meta=once)
 
 
 def test_resumes(tmp_path: Path) -> None:

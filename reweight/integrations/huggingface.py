@@ -82,7 +82,8 @@ class MetaReweight(TrainerCallback):
         options: keyword arguments of ``MetaReweightStep``, but ``clip_grad_norm`` and ``scaler``.
 
     Raises:
-        ValueError: there are several processes, a batch without labels, or no state to resume from.
+        ValueError: there are several processes, a batch without labels, no meta batch, or no state
+            to resume from.
     """
 
     def __init__(
@@ -142,7 +143,9 @@ class MetaReweight(TrainerCallback):
         """The step on the batch at hand: its gradient is added to ``.grad`` at once."""
         if self.step is None or labels is None or not self._inputs:
             raise ValueError(
-                "`compute_loss` must follow a batch with labels of `callbacks`' Trainer."
+                "`compute_loss` must get a batch with `labels` of a Trainer that has this callback "
+                "too. The Trainer drops what `forward` does not name: remove_unused_columns=False "
+                "keeps it."
             )
         train, self._inputs = (self._inputs, labels), {}
         meta = dict(next(self._batches))
@@ -170,11 +173,17 @@ class MetaReweight(TrainerCallback):
 
     def _meta_batches(self, start: int) -> Iterator[dict[str, Any]]:
         while True:
+            batch = None
             for batch in self.meta:
                 if start > 0:
                     start -= 1
                     continue
                 yield {name: value.to(self._device) for name, value in batch.items()}
+            if batch is None:
+                raise ValueError(
+                    "`meta` must begin anew each time it is gone through, as a DataLoader does, "
+                    "got nothing."
+                )
 
     @staticmethod
     def _path(args: Any, state: Any) -> Path:
