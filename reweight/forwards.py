@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.batches import describe
-from reweight.losses import ExitLosses
+from reweight.losses import ExitLosses, logits_kept
 from reweight.places import run_with
 from reweight.shards import placed
 
@@ -70,7 +70,7 @@ class ExitForward:
         finally:
             if hook is not None:
                 hook.remove()
-        return self._losses(outputs, target)
+        return self._losses(outputs, target, recorded=within is not None)
 
     def at(
         self,
@@ -92,7 +92,8 @@ class ExitForward:
         """
 
         def run() -> T:
-            return then(self._losses(self._outputs(self._inner, inputs, within), target))
+            outputs = self._outputs(self._inner, inputs, within)
+            return then(self._losses(outputs, target, recorded=within is not None))
 
         if getattr(parametrize, "_cache_enabled", 0):
             raise ValueError(
@@ -117,8 +118,9 @@ class ExitForward:
                 error.add_note(f"`model` got the inputs of a batch (inputs, target): {got}.")
             raise
 
-    def _losses(self, outputs: Any, target: Any) -> ExitLosses:
-        result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
+    def _losses(self, outputs: Any, target: Any, recorded: bool) -> ExitLosses:
+        with logits_kept(recorded and self.compiled is None):
+            result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):
             raise TypeError(

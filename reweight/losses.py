@@ -1,6 +1,8 @@
 """Per-sample, per-exit losses: the matrix l[i,k] that everything else in the package is about."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +20,21 @@ Logits: TypeAlias = Tensor | Sequence[Tensor]
 
 S is the shape of the target: [B] for a classifier, [B, T] for a language model.
 """
+
+_LOGITS_KEPT: ContextVar[bool] = ContextVar("logits_kept", default=False)
+
+
+@contextmanager
+def logits_kept(kept: bool) -> Iterator[None]:
+    """Graphs of ``exit_cross_entropy`` hold logits, for others to find there: see ``values.py``.
+
+    Else they hold exponentials in place of them, which saves the backward a pass over both.
+    """
+    token = _LOGITS_KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _LOGITS_KEPT.reset(token)
 
 
 class ExitLosses(NamedTuple):
@@ -131,7 +148,8 @@ def exit_cross_entropy(
     else:
         tensors = [logits] if isinstance(logits, Tensor) else exits
         rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
-        results = fused(rows, classes, ignore, label_smoothing, implementation)
+        kept = _LOGITS_KEPT.get()
+        results = fused(rows, classes, ignore, label_smoothing, implementation, kept)
         if class_weight is not None:
             factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
             factor = torch.where(valid, factor, 1).unsqueeze(1)

@@ -206,7 +206,7 @@ class MetaReweightStep:
         forward = partial(self._forward, *train, beginning=beginning)
         try:
             with self._attention(), joined(self._group), begin_anew(self._inner):
-                within = values if due else None
+                within = values if due and not lean else None
                 losses = require_graph(forward(within=within, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
                 first = FirstForward(

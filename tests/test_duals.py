@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from cases import EXITS, MODELS, OPTIMIZERS, make_batch, make_model, warm_up
-from reweight import MeanObjective, MetaReweightStep, SampleReweighter, values
+from reweight import MeanObjective, MetaReweightStep, SampleReweighter, forwards, values
 from reweight.duals import tangents_follow_gradients
+from reweight.kernels import function
 from reweight.values import Values
 from test_models import REFUSED, ROWS, set_up
 
@@ -82,6 +84,17 @@ def test_products_whose_values_the_graph_holds_are_recalled(recalled, monkeypatc
     )
     outcome(model, train, meta)
     assert sum(value.dim() == 4 for value in recalled) == 3, "all convolutions"
+
+
+def test_large_logits_are_recalled_and_change_nothing(recalled, monkeypatch) -> None:
+    model = make_model("mlp")
+    train, meta = make_batch("mlp"), make_batch("mlp", seed=2)
+    monkeypatch.setattr(function, "_SMALL", 0)
+    with_logits = outcome(model, train, meta)
+    num_exits, logits = len(model(train[0])), model(train[0])[0]
+    assert sum(value.shape == logits.shape for value in recalled) == num_exits
+    monkeypatch.setattr(forwards, "logits_kept", lambda kept: nullcontext())
+    assert_bitwise(outcome(model, train, meta), with_logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

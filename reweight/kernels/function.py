@@ -32,11 +32,12 @@ def fused(
     ignore_index: int | None,
     label_smoothing: float,
     implementation: str,
+    keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, confidence and correctness [N, K].
 
     The logits are K matrices [N, C_k], or one [K·N, C]; the target is [N] classes, all valid if
-    ``ignore_index`` is None.
+    ``ignore_index`` is None. The graph holds large logits if they are to be kept.
     """
     some = [torch.is_grad_enabled() and rows.requires_grad for rows in logits]
     large = implementation == "torch" and sum(map(Tensor.numel, logits)) > _LARGE
@@ -44,14 +45,15 @@ def fused(
         # One by one, so that the backward can give the memory of each back in its turn, and what
         # needs no gradient keeps nothing for one.
         parts = [
-            fused([rows], target, ignore_index, label_smoothing, implementation) for rows in logits
+            fused([rows], target, ignore_index, label_smoothing, implementation, keep_logits)
+            for rows in logits
         ]
         losses, confidence, correct = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return losses, confidence, correct
     merge = implementation == "torch" and len(logits) > 1 and _is_small(logits)
     # The exponentials take the place of the logits in memory, unless those are smaller.
     whole = all(rows.dtype in (torch.float32, torch.float64) for rows in logits)
-    keep = implementation == "torch" and any(some) and whole
+    keep = implementation == "torch" and any(some) and whole and (merge or not keep_logits)
     results = ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
         implementation, keep, merge, ignore_index, label_smoothing, target, *logits
     )
