@@ -24,7 +24,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]  # so that GitHub shows the equations too
 myst_heading_anchors = 3
 
-autodoc_mock_imports = ["lightning", "transformers"]
+autodoc_mock_imports = ["lightning", "matplotlib", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
