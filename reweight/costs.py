@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 
 from reweight.forwards import call, plain_attention
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def exit_costs(
@@ -56,6 +58,8 @@ def exit_costs(
         >>> exit_costs(Net(), torch.zeros(1, 4))
         [48, 128]
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where there is one
+
     training = [module for module in model.modules() if module.training]
     counter = FlopCounterMode(display=False, custom_mapping=custom_mapping)
     recorder = _DependencyRecorder(counter)
@@ -97,7 +101,7 @@ class _DependencyRecorder(TorchDispatchMode):
     views and in-place operations are seen through.
     """
 
-    def __init__(self, counter: FlopCounterMode) -> None:
+    def __init__(self, counter: "FlopCounterMode") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
         self._costs: list[int] = []
