@@ -33,6 +33,7 @@ BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 CURVES = ("conventional", "frozen random", "published", "lr 1e-3", SIGMOID)
 PLOTTED = {
     "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
+    "fashion-5k": ("conventional", "frozen random", "interval 10, lr 1e-3"),
     "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
 }
 COLORS = {
@@ -40,6 +41,7 @@ COLORS = {
     "frozen random": "#0e7490",
     "published": "#c2410c",
     "lr 1e-3": "#7e22ce",
+    "interval 10, lr 1e-3": "#c2410c",
     SIGMOID: "#15803d",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",

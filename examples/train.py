@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,7 +38,6 @@ import reweight
 from checkpoint import Checkpoint, Stateful, save_aside, write_aside
 from data import Data, augment, load_data
 from msdnet import MSDNet
-from plots import plot_budgeted_curves, plot_weights
 from ranet import RANet
 from reweight import (
     BudgetedObjective,
@@ -51,6 +51,7 @@ from reweight import (
     exit_cross_entropy,
     swap_halves,
 )
+from reweight.plots import plot_budgeted_curves, plot_weights
 from small import MultiExitConvNet, MultiExitMLP
 from staged import StagedNet
 
@@ -330,14 +331,15 @@ def report(
     )
 
     title = f"{settings.data}, {settings.model}, seed {settings.seed}"
-    plot_budgeted_curves(settings.out / "budgeted.png", curves, anytime, costs, title)
+    figure = plot_budgeted_curves(curves, costs, anytime, title=title)
+    save_figure(settings.out / "budgeted.png", figure)
     reweighted = checkpoint.finished["reweighted"]
-    plot_weights(
-        settings.out / "weights.png",
+    figure = plot_weights(
         reweighted["losses"],
         reweighted["weights"],
-        f"{title}: weights in the last epoch",
+        title=f"{title}: weights in the last epoch",
     )
+    save_figure(settings.out / "weights.png", figure)
     results = {
         "settings": describe(settings),
         "versions": {
@@ -361,6 +363,13 @@ def report(
     console.print(
         f"written to {settings.out}: {', '.join(sorted(p.name for p in settings.out.iterdir()))}"
     )
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """The figure as PNG, in one go."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_aside(path, buffer.getvalue())
 
 
 def as_plain(point: BudgetPoint) -> dict[str, Any]:

@@ -44,6 +44,8 @@ ORDER = [
     "integrations.__init__",
     "integrations.lightning",
     "integrations.huggingface",
+    "integrations.vision",
+    "plots",
 ]
 
 

@@ -1,4 +1,8 @@
-"""The README's code and that of docs/ run as they stand, and their links lead somewhere."""
+"""The README's code and that of docs/ run as they stand, and their links lead somewhere.
+
+The python blocks of a page are one program, which begins where the README's loop ends. What a page
+needs besides, and its reader need not see, is a python block in an HTML comment: it runs with them.
+"""
 
 import re
 from collections.abc import Iterator
@@ -9,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+import reweight
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -93,6 +99,36 @@ def test_every_block_of_a_page_runs_after_the_readmes_loop(page: Path, one_proce
         exec(block, scope)
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_no_block_escapes(page: Path) -> None:
+    """Every fence says what it is, so that python which does not run cannot pass for something."""
+    known = ["python", "sh", "diff", "math", "{toctree}", "{include} ../CHANGELOG.md", "{eval-rst}"]
+    fences = re.findall(r"^[ \t>]*[`~]{3,}(.*)$", page.read_text(), flags=re.MULTILINE)
+    assert all(opening in known for opening in fences[::2]), fences[::2]
+    assert not any(fences[1::2]), fences[1::2]
+
+
+def test_the_reference_holds_every_public_name() -> None:
+    entries = re.findall(r":: reweight\.(\w+)\n", (ROOT / "docs" / "api.md").read_text())
+    assert sorted(entries) == reweight.__all__
+
+
+def test_costs_to_choose_by_are_those_that_were_measured() -> None:
+    pages = ((ROOT / "docs" / name).read_text() for name in ("cost.md", "choosing.md"))
+    cell = r" \| (\d\.\d\d, \d\.\d\d)"
+    measured, chosen = (
+        {name: dict.fromkeys(costs) for name, *costs in re.findall(pattern, page)}
+        for page, pattern in zip(
+            pages,
+            (rf"\| ([^|]*){cell}{cell}{cell}{cell}", rf"\| ([^|]*){cell}{cell}{cell}"),
+            strict=True,
+        )
+    )
+    assert len(chosen) == 7
+    for name, costs in chosen.items():
+        assert list(costs) == [cost for cost in measured[name] if cost in costs], name
+
+
 def test_commands_are_single_lines_that_set_everything_up() -> None:
     assert [block.strip() for block in blocks("sh")] == [
         'pip install -c constraints.txt -e ".[examples]" && python examples/train.py',
@@ -102,5 +138,6 @@ def test_commands_are_single_lines_that_set_everything_up() -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", page.read_text()):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", prose):
         assert (page.parent / target).exists(), target
