@@ -282,14 +282,35 @@ class StandardInputs(SampleReweighter):
         return super().forward(losses._replace(losses=(logarithms - mean) / (std + 1e-6)))
 
 
-class SoftplusForm(SampleReweighter):
-    """softplus(raw), its mean over the batch 1 at each exit: like the sigmoid, never flat above."""
+class PositiveForm(SampleReweighter):
+    """Another function in the sigmoid's place, its mean over the batch 1 at each exit."""
+
+    def positive(self, losses: Tensor) -> Tensor:
+        """Weights but for their mean, [B, K]; here softplus(raw), which is never flat above."""
+        return nn.functional.softplus(self.network(losses))
 
     def forward(self, losses: ExitLosses | Tensor) -> Tensor:
         """See :class:`SampleReweighter`."""
         assert isinstance(losses, ExitLosses)
-        positive = nn.functional.softplus(self.network(losses.losses.detach()))
+        positive = self.positive(losses.losses.detach())
         return positive / positive.mean(0).clamp(min=1e-30)
+
+
+class SoftsignForm(PositiveForm):
+    """½·(1 + raw/(1 + |raw|)): the sigmoid's bounds, reached so slowly that a slope is left."""
+
+    def positive(self, losses: Tensor) -> Tensor:
+        """See :class:`PositiveForm`."""
+        return (1 + nn.functional.softsign(self.network(losses))) / 2
+
+
+class CentredForm(PositiveForm):
+    """sigmoid(raw − its mean over the batch), raw of log(l + 1e-4): never all at one end."""
+
+    def positive(self, losses: Tensor) -> Tensor:
+        """See :class:`PositiveForm`."""
+        raw: Tensor = self.network((losses + 1e-4).log())
+        return (raw - raw.mean(0)).sigmoid()
 
 
 def reweighter(
@@ -409,8 +430,15 @@ ARMS: dict[str, Arm] = {
     "combined": ours(
         kind=StandardInputs, objective=AREA, meta="extra", average_over="both", lr=1e-2
     ),
-    "softplus, lr 1e-2": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2),
-    "softplus, lr 1e-2, interval 10": ours(kind=SoftplusForm, form="sigmoid", lr=1e-2, interval=10),
+    **{
+        f"{name}, lr 1e-2{suffix}": ours(kind=kind, form="sigmoid", lr=1e-2, interval=interval)
+        for name, kind in (
+            ("softplus", PositiveForm),
+            ("softsign", SoftsignForm),
+            ("centred logs", CentredForm),
+        )
+        for suffix, interval in (("", 1), (", interval 10", 10))
+    },
     # What a step may leave out, against "sigmoid".
     "sigmoid, interval 10": ours(form="sigmoid", lr=1e-3, interval=10),
     "sigmoid, lagged": ours(form="sigmoid", lr=1e-3, lagged=True),

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,19 +12,21 @@ Batch: TypeAlias = tuple[Any, Any]
 """Inputs and target; the inputs are a tensor, a tuple of arguments or a dict of named ones."""
 
 
-def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
+class swap_halves:
     """Train on one half of each batch with the other as meta batch, then the other way round.
 
-    Two steps come of each batch, as in Han, Pu et al. (ECCV 2022); the first half of an odd batch
-    is the larger. A batch of one sample has no halves and is left out with a warning.
+    Two steps come of each batch, as in Han, Pu et al. (ECCV 2022), so that a schedule by steps is
+    twice as long; the first half of an odd batch is the larger. A batch of one sample has no halves
+    and is left out with a warning. It can be gone through as often as the loader can.
 
     Args:
         loader: yields (inputs, target); every tensor in them has the samples first.
 
     Yields:
-        (train, meta), each (inputs, target).
+        (train, meta), each (inputs, target); twice as many as the loader has batches.
 
     Raises:
+        TypeError: a batch is not a pair, or holds samples in something else than tensors.
         ValueError: the tensors of a batch have different numbers of samples.
 
     Example:
@@ -33,23 +36,37 @@ def swap_halves(loader: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
         [0.0, 1.0] [2.0, 3.0]
         [2.0, 3.0] [0.0, 1.0]
     """
-    for batch in loader:
-        inputs, target = unpack(batch, "the batch of `loader`")
-        size = num_samples((inputs, target))
-        if size < 2:
-            warnings.warn(
-                f"Left out a batch of {size}, which cannot be halved; drop_last=True in the loader "
-                "avoids it.",
-                stacklevel=2,
-            )
-            continue
-        middle = (size + 1) // 2
-        first, second = (
-            (rows_of(inputs, half), rows_of(target, half))
-            for half in (slice(middle), slice(middle, None))
+
+    def __init__(self, loader: Iterable[Batch]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        """How many steps there are, if the loader says how many batches it has."""
+        return 2 * len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
+        """Go through the loader once."""
+        for batch in self.loader:
+            yield from _halves(batch)
+
+
+def _halves(batch: Any) -> Iterator[tuple[Batch, Batch]]:
+    inputs, target = unpack(batch, "the batch of `loader`")
+    size = num_samples((inputs, target))
+    if size < 2:
+        warnings.warn(
+            f"Left out a batch of {size}, which cannot be halved; drop_last=True in the loader "
+            "avoids it.",
+            stacklevel=3,
         )
-        yield first, second
-        yield second, first
+        return
+    middle = (size + 1) // 2
+    first, second = (
+        (rows_of(inputs, half), rows_of(target, half))
+        for half in (slice(middle), slice(middle, None))
+    )
+    yield first, second
+    yield second, first
 
 
 def unpack(batch: Any, name: str) -> Batch:
@@ -62,10 +79,10 @@ def unpack(batch: Any, name: str) -> Batch:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         got = type(batch).__name__
         got = f"a {got} of {len(batch)}" if isinstance(batch, tuple | list) else got
-        raise TypeError(
-            f"{name} must be a pair (inputs, target), got {got}. Several inputs go into a "
-            "tuple or a dict: ((first, second), target)."
-        )
+        remedy = "Several inputs go into a tuple or a dict: ((first, second), target)."
+        if isinstance(batch, Mapping):
+            remedy = 'Take the target out of the dict: (batch, batch.pop("labels")).'
+        raise TypeError(f"{name} must be a pair (inputs, target), got {got}. {remedy}")
     inputs, target = batch
     if isinstance(target, Tensor) and target.numel() == 0:
         raise ValueError(f"{name} must hold at least one sample, got {list(target.shape)} targets.")
@@ -81,8 +98,8 @@ def num_samples(batch: Batch) -> int:
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in _tensors(batch)}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
-            "The tensors of a batch must have the same number of samples, got "
-            f"{', '.join(map(str, sorted(sizes))) or 'no tensor'}."
+            "The tensors of a batch must all have its samples first, got "
+            f"{describe(batch)}. A loader gives batches; a data set, single samples."
         )
     return sizes.pop()
 
@@ -97,13 +114,15 @@ def drawn_rows(batch: Batch, fraction: float, seed: int) -> Tensor | None:
 
 
 def describe(nested: Any) -> str:
-    """What the inputs of a batch are, in words."""
+    """What tensors these are, however nested, in words."""
     if isinstance(nested, Tensor):
         return f"{nested.dtype} {list(nested.shape)} on {nested.device}"
     if isinstance(nested, Mapping):
-        return "named arguments " + ", ".join(f"{k}={describe(v)}" for k, v in nested.items())
+        return f"a dict({', '.join(f'{k}={describe(v)}' for k, v in nested.items())})"
     if isinstance(nested, tuple | list):
-        return f"{len(nested)} arguments " + ", ".join(map(describe, nested))
+        name = type(nested).__name__
+        parts = ", ".join(map(describe, nested))
+        return f"a {name} of {len(nested)}: {parts}" if parts else f"an empty {name}"
     return type(nested).__name__
 
 
@@ -119,11 +138,22 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
 
 
 def rows_of(nested: Any, rows: slice | Tensor) -> Any:
-    """Some samples of every tensor, however nested."""
+    """Some samples of every tensor, however nested; what is no tensor is the same for all.
+
+    Raises:
+        TypeError: there are samples in a list of texts or in a NumPy array.
+    """
     if isinstance(nested, Tensor):
         return nested[rows]
     if isinstance(nested, Mapping):
         return {key: rows_of(value, rows) for key, value in nested.items()}
+    texts = isinstance(nested, tuple | list) and any(isinstance(value, str) for value in nested)
+    if texts or isinstance(nested, np.ndarray):
+        raise TypeError(
+            "A batch must hold its samples in tensors to be divided, got "
+            f"{'texts' if texts else 'a NumPy array'}. Convert them in the loader."
+        )
     if isinstance(nested, tuple | list):
-        return [rows_of(value, rows) for value in nested]
+        parts = [rows_of(value, rows) for value in nested]
+        return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
     return nested

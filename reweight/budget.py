@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from reweight.checks import check_positive, check_whole, kind
 from reweight.losses import ExitLosses
 
 
@@ -24,16 +25,15 @@ def exit_shares(num_exits: int, power: float) -> Tensor:
         Shape [K], float64, adding up to 1.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
         >>> exit_shares(3, 0.5)
         tensor([0.5714, 0.2857, 0.1429], dtype=torch.float64)
     """
-    if num_exits < 1:
-        raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
-    if not 0 < power < float("inf"):
-        raise ValueError(f"`power` must be positive and finite, got {power}.")
+    check_whole("num_exits", num_exits)
+    check_positive("power", power)
     exponents = torch.arange(num_exits, dtype=torch.float64)
     # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
     powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))
@@ -104,7 +104,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     shares = shares.double()
     planned = quotas(shares, num_samples)
     thresholds = confidence.new_full((num_exits,), -torch.inf)
-    left = confidence
+    left = confidence.masked_fill(confidence.isnan(), -torch.inf)  # as choose_exits has them
     for k in range(num_exits - 1):
         fair = quotas(shares[k] / shares[k:].sum().clamp(min=1e-300), len(left))
         quota = int(torch.minimum(planned[k], fair))
@@ -130,7 +130,16 @@ def choose_exits(confidence: Tensor, thresholds: Tensor) -> Tensor:
 
     Returns:
         Shape [N], int64.
+
+    Raises:
+        ValueError: the numbers of exits differ.
     """
+    _check_matrix(confidence, "confidence")
+    if thresholds.shape != confidence.shape[1:]:
+        raise ValueError(
+            f"`thresholds` must have shape {list(confidence.shape[1:])}, got "
+            f"{list(thresholds.shape)}."
+        )
     reached = confidence >= thresholds.to(confidence)
     reached[:, -1] = True
     return reached.int().argmax(1)
@@ -227,6 +236,8 @@ def _counted(losses: ExitLosses, field: Literal["confidence", "correct"], name: 
 
 
 def _check_matrix(matrix: Tensor, name: str) -> tuple[int, int]:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"`{name}` must be a tensor [samples, exits], got {kind(matrix)}.")
     if matrix.dim() != 2 or len(matrix) == 0:
         raise ValueError(
             f"`{name}` must have shape [samples, exits] and hold a sample, got "

@@ -14,9 +14,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from reweight.duals import TangentsWithGradients
 from reweight.forwards import call, plain_attention
 from reweight.places import by_place
 
@@ -106,7 +106,7 @@ def _forward_mode(
     model: nn.Module, state: dict[str, Tensor], tangents: dict[str, Tensor], inputs: Any
 ) -> tuple[list[tuple[Any, Any]], Any, bool]:
     """The outputs with their tangents, what they are the leaves of, and as above."""
-    with _NoTangentsWithoutGradients():  # of the dual level that is there
+    with TangentsWithGradients():  # of the dual level that is there
         duals = {n: forward_ad.make_dual(state[n], tangents[n]) for n in tangents}
         outputs = call(
             lambda *args, **kwargs: functional_call(
@@ -119,15 +119,3 @@ def _forward_mode(
             raise RuntimeError("The model returns something else than containers of tensors.")
         pairs = [(None, None) if z is None else tuple(forward_ad.unpack_dual(z)) for z in leaves]
     return pairs, structure, torch.compiler.is_compiling()
-
-
-class _NoTangentsWithoutGradients(TorchFunctionMode):
-    """Cuts tangents where ``torch.no_grad`` cuts gradients."""
-
-    def __torch_function__(
-        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        with forward_ad._set_fwd_grad_enabled(False):
-            return func(*args, **(kwargs or {}))

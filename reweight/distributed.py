@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from reweight.checks import kind
 from reweight.shards import is_sharded, parameters_of, sharded_modules
 
 _GROUP: ContextVar[Any] = ContextVar("group", default=None)
@@ -119,7 +120,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
         TypeError: the model is spread over processes in another way.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}. {_REMEDY}")
+        raise TypeError(f"`model` must be a torch.nn.Module, got {kind(model)}.")
     wrapper = getattr(model, "_orig_mod", model)  # of torch.compile
     inner, group = model, None
     if isinstance(wrapper, DistributedDataParallel):

@@ -30,7 +30,20 @@ from reweight.forwards import plain_attention
 from reweight.values import Product, Values, is_large_product, is_plain
 
 
-class _ForwardMode(TorchFunctionMode):
+class TangentsWithGradients(TorchFunctionMode):
+    """Cuts tangents where ``torch.no_grad`` cuts gradients."""
+
+    def __torch_function__(
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function, without tangents if it is without gradients."""
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
+
+
+class _ForwardMode(TangentsWithGradients):
     """Forward mode by the rules of this module, where they apply."""
 
     def __init__(self, values: Values) -> None:
@@ -40,12 +53,10 @@ class _ForwardMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the function; without tangents under ``torch.no_grad``, as in backward."""
-        kwargs = kwargs or {}
+        """Runs the function, by its rule if it has one."""
         if not torch.is_grad_enabled():
-            with forward_ad._set_fwd_grad_enabled(False):
-                return func(*args, **kwargs)
-        result = None
+            return super().__torch_function__(func, classes, args, kwargs)
+        kwargs, result = kwargs or {}, None
         if is_large_product(func, args):
             result = self._product(Product.of(func, *args, **kwargs))
         elif func in _RULES:
@@ -56,7 +67,7 @@ class _ForwardMode(TorchFunctionMode):
         return func(*args, **kwargs) if result is None else result
 
     def _product(self, product: Product) -> Tensor | None:
-        if not all(map(is_plain, product.tensors)):
+        if not all(map(_is_constant, product.tensors)):
             return None
         if product.func is F.linear:  # strided input would take a copy of the weight per sample
             product = product._replace(
@@ -77,7 +88,8 @@ class _ForwardMode(TorchFunctionMode):
 def _sum(tangent: Tensor | None, product: Product, dx: Tensor, weight: Tensor) -> Tensor:
     if tangent is None:
         return product(dx, weight, None)
-    if product.func is F.linear and tangent.dtype == dx.dtype == weight.dtype:
+    in_place = product.func is F.linear and weight.dim() == 2
+    if in_place and tangent.dtype == dx.dtype == weight.dtype:
         rows = tangent.view(-1, tangent.shape[-1])
         rows.addmm_(dx.reshape(-1, dx.shape[-1]), weight.mT)  # without a tensor in between
         return tangent
@@ -95,7 +107,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     tensors = (input, weight, bias)
-    if not training or not all(map(is_plain, tensors)):
+    if not training or not all(map(_is_constant, tensors)):
         return None
     (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
     if dx is None or (dweight is None) != (dbias is None):
@@ -123,7 +135,9 @@ def _layer_norm(
 ) -> Tensor | None:
     """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
     tensors = (input, weight, bias)
-    if not all(map(is_plain, tensors)):
+    # The kernels take two dtypes, as autocast gives them, forward but not backward.
+    mixed = any(each is not None and each.dtype != input.dtype for each in (weight, bias))
+    if mixed or not all(map(_is_constant, tensors)):
         return None
     (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
     if dx is None or (dweight is None) != (dbias is None):
@@ -153,7 +167,7 @@ def _attention(
     """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
     tensors = (query, key, value)
     special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled("cpu")
-    if special or not all(map(is_plain, tensors)):
+    if special or not all(map(_is_constant, tensors)):
         return None
     (q, dq), (k, dk), (v, dv) = map(_unpack, tensors)
     if dq is None or dk is None or dv is None or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -189,6 +203,14 @@ _attention_layer = types.FunctionType(
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 """PyTorch's own, but as a mode sees it: the functions that it calls, instead of the whole."""
+
+
+def _is_constant(tensor: Tensor | None) -> bool:
+    """Whether the rules may take it: a dual number of theirs ends the graph of an inner gradient.
+
+    The model makes such a graph when it takes a gradient in its forward, of an energy for example.
+    """
+    return is_plain(tensor) and (tensor is None or not tensor.requires_grad)
 
 
 def _unpack(tensor: Tensor | None) -> tuple[Any, Tensor | None]:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from reweight.batches import describe
+from reweight.checks import check_function
 from reweight.losses import ExitLosses, logits_kept
 from reweight.places import run_with
 from reweight.shards import placed
@@ -41,6 +42,8 @@ class ExitForward:
         loss: LossFunction,
         compiled: Callable[[Any], Any] | None = None,
     ) -> None:
+        check_function("loss", loss, "(outputs, target) → ExitLosses or losses [B, K]")
+        check_function("exits", exits, "outputs of the model → logits")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
         self.compiled = compiled
 

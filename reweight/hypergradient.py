@@ -120,6 +120,8 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
         [update.parameters[name] for name in gradients],
         list(gradients.values()),
         sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
+        # A step that waited to be judged goes on waiting if this call fails further on.
+        retain_graph=problem.ahead is not None,
     )
     return dict(zip(gradients, tangents, strict=True)), meta_loss, update.num_zero_moments
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from reweight.checks import check_positive, check_whole, kind
 from reweight.distributed import gather, require_same, sums_by_name, unwrap
 from reweight.hypergradient import Hypergradient
 from reweight.losses import ExitLosses
 from reweight.optimizers import AnyOptimizer, is_cold
 from reweight.problem import gradients_of
 from reweight.result import Update
-from reweight.reweighter import check_positive
 
 
 class ReweighterLearner:
@@ -23,24 +23,29 @@ class ReweighterLearner:
     Args:
         reweighter: :class:`ExitLosses` → weights of the shape of the losses.
         optimizer: over parameters of the reweighter; None for Adam as published.
+        interval: it is updated at every interval-th call of the step.
         clip_hypergradient: the largest norm of ∂L_meta/∂w that is passed on; None for any.
 
     Raises:
-        TypeError: the reweighter is no module, or wrapped for distributed training.
-        ValueError: the optimizer holds something else, or the norm is not positive.
+        TypeError: the reweighter is no module, or wrapped for distributed training, or another
+            argument is of another type.
+        ValueError: the optimizer holds something else, or a number is out of range.
     """
 
     def __init__(
         self,
         reweighter: nn.Module,
         optimizer: Optimizer | None,
-        clip_hypergradient: float | None = None,
+        interval: int,
+        clip_hypergradient: float | None,
     ) -> None:
-        check_positive("clip_hypergradient", clip_hypergradient)
+        check_whole("interval", interval)
+        if clip_hypergradient is not None:
+            check_positive("clip_hypergradient", clip_hypergradient)
         if not isinstance(reweighter, nn.Module):
             raise TypeError(
                 "`reweighter` must be a module such as SampleReweighter(num_exits=3), got "
-                f"{reweighter!r}."
+                f"{kind(reweighter) if isinstance(reweighter, type) else repr(reweighter)}."
             )
         if unwrap(reweighter)[1] is not None:
             raise TypeError(
@@ -49,15 +54,21 @@ class ReweighterLearner:
             )
         self.reweighter = reweighter
         self.optimizer = _optimizer_for(reweighter, optimizer)
-        self.clip_hypergradient = clip_hypergradient
+        self.interval, self.clip_hypergradient = interval, clip_hypergradient
         self.num_skipped = torch.zeros((), dtype=torch.int64)
         self.num_calls = 0  # of the step: what its interval counts
+        self.num_updates = 0
         self._was_cold = self._has_stepped = False
 
     @property
     def is_trainable(self) -> bool:
         """Whether there is anything to learn; a frozen reweighter just weights."""
         return any(parameter.requires_grad for parameter in self.reweighter.parameters())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call of the step is one to learn from."""
+        return self.is_trainable and self.num_calls % self.interval == 0
 
     def require_trainable(self) -> None:
         """Raise ValueError if there is nothing to learn."""
@@ -75,7 +86,7 @@ class ReweighterLearner:
         return weights
 
     def learn(self, losses: ExitLosses, weights: Tensor, hypergradient: Hypergradient) -> Update:
-        """Θg ← Θg − β ∂L_meta/∂Θg, unless something is not finite."""
+        """Θg ← Θg − β ∂L_meta/∂Θg, unless something is not finite or would come to be so."""
         assert self.optimizer is not None
         value = hypergradient.value
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
@@ -87,11 +98,11 @@ class ReweighterLearner:
         ok = ~nonfinite.any()
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / norm).clamp(max=1)
-        before, num_skipped = _Snapshot(self.optimizer), self.num_skipped
+        before, counts = _Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
 
         def undo() -> None:
             before.restore()
-            self.num_skipped = num_skipped
+            self.num_skipped, self.num_updates = counts
 
         self.optimizer.zero_grad(set_to_none=True)  # the user may have run a backward through it
         # The very first step makes the optimizer's state and so waits for the device to say whether
@@ -101,8 +112,15 @@ class ReweighterLearner:
             own = {str(i): parameter for i, parameter in enumerate(before.parameters)}
             for name, gradient in sums_by_name(gradients_of(own), own).items():
                 own[name].grad = gradient
-            step_where(self.optimizer, ok, before)
-            self._has_stepped = True
+            taken = step_where(self.optimizer, ok, before)
+            if not self._has_stepped and not bool(taken):
+                before.restore()
+            else:
+                self._has_stepped = True
+            nonfinite, ok = torch.cat([nonfinite, (ok & ~taken).view(1)]), taken
+        else:
+            nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+        self.num_updates += 1
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
         return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, undo)
 
@@ -138,6 +156,7 @@ class ReweighterLearner:
             "reweighter_optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "num_skipped": self.num_skipped,
             "num_calls": self.num_calls,
+            "num_updates": self.num_updates,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -164,7 +183,8 @@ class ReweighterLearner:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state_dict["reweighter_optimizer"])
         self.reweighter.load_state_dict(state_dict["reweighter"])
-        self.num_skipped, self.num_calls = state_dict["num_skipped"], state_dict["num_calls"]
+        for name in ("num_skipped", "num_calls", "num_updates"):
+            setattr(self, name, state_dict[name])
         self._has_stepped = self.optimizer is not None and bool(self.optimizer.state)
 
 
@@ -194,16 +214,21 @@ class _Snapshot:
                 self._optimizer.state[parameter] = state
 
 
-def step_where(optimizer: Optimizer, ok: Tensor, before: _Snapshot) -> None:
+def step_where(optimizer: Optimizer, ok: Tensor, before: _Snapshot) -> Tensor:
     """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
 
-    Takes the gradients away afterwards. State that lives on another device than ``ok`` (the step
-    count of Adam, on the CPU) moves on in either case.
+    Nothing either if the step leads to a parameter that is not finite. Takes the gradients away
+    afterwards. State that lives on another device than ``ok`` (the step count of Adam, on the CPU)
+    moves on in either case.
+
+    Returns:
+        Whether the step was taken, bool, scalar.
     """
     for parameter in before.parameters:
         if parameter.grad is not None:
             parameter.grad = torch.where(ok, parameter.grad, 0)
     optimizer.step()
+    ok = ok & torch.stack([p.data.isfinite().all() for p in before.parameters]).all()
     for parameter, value, state in zip(
         before.parameters, before.values, before.states, strict=True
     ):
@@ -213,6 +238,7 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: _Snapshot) -> None:
             if isinstance(old, Tensor) and old.device == ok.device:
                 new.copy_(torch.where(ok, new, old))
     optimizer.zero_grad(set_to_none=True)
+    return ok
 
 
 def _shapes(state_dict: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -228,12 +254,18 @@ def _optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimi
     """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
 
     Raises:
+        TypeError: it is no optimizer.
         ValueError: it holds something else than parameters of the reweighter.
     """
     own = {id(parameter) for parameter in reweighter.parameters()}
     if optimizer is None:
         lr = 1e-3 if getattr(reweighter, "form", None) == "sigmoid" else 1e-4
         return Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4) if own else None
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`reweighter_optimizer` must be an optimizer of torch.optim, got {kind(optimizer)}. "
+            "Pass one such as torch.optim.Adam(reweighter.parameters(), lr=1e-3)."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held <= own:
         raise ValueError(

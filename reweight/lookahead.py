@@ -1,13 +1,15 @@
 """Looking one step ahead: what the optimizer will make of a step, and how good that is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reweight.batches import Batch, drawn_rows
+from reweight.checks import check_choice, check_function, check_number, check_positive, kind
 from reweight.forwards import ExitForward
 from reweight.hypergradient import ESTIMATORS, Hypergradient, estimate
 from reweight.losses import ExitLosses
@@ -18,9 +20,9 @@ from reweight.optimizers import (
     Parameters,
     check_differentiable,
     held_parameters,
+    log_what_stays,
 )
 from reweight.problem import FirstForward, MetaProblem, meta_problem
-from reweight.reweighter import check_choice, check_positive
 from reweight.shards import require_reduced, sharded_modules
 from reweight.updates import pseudo_update
 
@@ -39,21 +41,27 @@ class Lookahead:
     scaler: torch.amp.GradScaler | None
     train_fraction: float
     moves: Callable[[str], bool] | None
+    waiting: FirstForward | None = field(default=None, init=False)
+    """The step that the next train batch will judge, as :meth:`postponed` made it."""
 
     def __post_init__(self) -> None:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("pseudo_update", self.exactness, ("exact", "gradient_descent"))
-        check_positive("clip_grad_norm", self.clip_grad_norm)
+        if self.clip_grad_norm is not None:
+            check_positive("clip_grad_norm", self.clip_grad_norm)
+        check_number("train_fraction", self.train_fraction)
         if self.estimator == "unrolled" and sharded_modules(self.model):
             raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {self.train_fraction}.")
         for optimizer in self.optimizers:
             check_differentiable(optimizer, self.exactness)
-        if isinstance(self.objective, type):
-            name = self.objective.__name__
-            raise TypeError(f"`objective` must be called with losses, got a class: pass {name}().")
+        if self.scaler is not None and not hasattr(self.scaler, "scale"):
+            raise TypeError(f"`scaler` must be a GradScaler, got {kind(self.scaler)}.")
+        check_function("objective", self.objective, "ExitLosses → MetaLoss")
+        check_function("moves", self.moves, "parameter name → bool")
         self.moved()
+        log_what_stays(self.model, self.optimizers)
 
     def held(self) -> Parameters:
         """The trainable parameters that the optimizers hold, by name."""
@@ -102,6 +110,17 @@ class Lookahead:
         first.values.follow({id(parameter): before[name] for name, parameter in held.items()})
         moved = {name: before[name] for name in first.moved}
         return first._replace(moved=moved, before=before, ahead=ahead)
+
+    def still_waiting(self) -> FirstForward | None:
+        """What waits, unless a parameter that it moves was frozen since."""
+        waiting = self.waiting
+        if waiting is not None and not waiting.moved.keys() <= self.moved().keys():
+            waiting = None
+        return waiting
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a step that waits belongs to the model that it was made of."""
+        return {**vars(self), "waiting": None}
 
     def _problem(
         self,

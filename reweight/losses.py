@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reweight.batches import describe
+from reweight.checks import check_share
 from reweight.distributed import sum_over_ranks
 from reweight.kernels import composite
 from reweight.kernels.dispatch import choose, choose_linear, is_traced
@@ -132,7 +134,7 @@ def exit_cross_entropy(
         tensor([[ True,  True],
                 [ True, False]])
     """
-    _check_label_smoothing(label_smoothing)
+    check_share("label_smoothing", label_smoothing)
     exits = _exits("logits", logits, target)
     nums_classes = [z.shape[-1] for z in exits]
     if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
@@ -198,7 +200,7 @@ def linear_exit_cross_entropy(
         >>> linear_exit_cross_entropy([early, late], head.weight, target, head.bias).losses.shape
         torch.Size([6, 2])
     """
-    _check_label_smoothing(label_smoothing)
+    check_share("label_smoothing", label_smoothing)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
     exits = _exits("hidden", hidden, target)
@@ -227,11 +229,6 @@ def linear_exit_cross_entropy(
     return ExitLosses(*results, valid)
 
 
-def _check_label_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
-
-
 def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
     """The tensor of each exit, [*S, C_k], whatever form they came in."""
     if not isinstance(target, Tensor) or not (
@@ -240,6 +237,7 @@ def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> lis
         got = type(target).__name__
         if isinstance(target, Tensor):
             got = f"a tensor of {target.dtype}, shape {list(target.shape)}"
+            got += "" if target.is_floating_point() else ": call target.long()"
         raise TypeError(
             "`target` must hold class indices as an int64 tensor, or probabilities [..., C] as a "
             f"floating point one, got {got}."
@@ -254,13 +252,18 @@ def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> lis
     else:
         raise TypeError(
             f"`{name}` must be a tensor or a non-empty list or tuple of tensors, one for each "
-            f"exit, got {type(tensors).__name__}. Pass `exits=`, a function that takes the logits "
-            "out of what the model returns."
+            f"exit, got {describe(tensors)}. Pass `exits=`, a function that takes the logits out "
+            "of what the model returns."
         )
     classes = "C" if target.dtype == torch.int64 else target.shape[-1]
     for index, each in enumerate(exits):
         if not each.is_floating_point():
             raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
+        if name == "logits" and each.shape[-1:] == (1,) and each.dim() > len(samples):
+            raise ValueError(
+                f"`logits` of exit {index} must be of two classes or more, got {list(each.shape)}: "
+                "of one it is always 0. Pass `loss=`, (outputs, target) → losses [B, K]."
+            )
         if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
             raise ValueError(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "
@@ -291,7 +294,7 @@ def _classes(
     if wrong.any():
         raise ValueError(
             f"`target` must lie in 0..{fewest - 1}, the classes of exit "
-            f"{nums_classes.index(fewest)} (or equal `ignore_index`), got "
+            f"{nums_classes.index(fewest)} (or equal `ignore_index`={ignore_index}), got "
             f"{target[wrong][0].item()}."
         )
     return target, valid, ignore_index

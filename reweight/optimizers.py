@@ -1,5 +1,6 @@
 """The optimizers of the user: which there are, what they hold, whether their step is known here."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -7,8 +8,11 @@ import torchopt
 from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
+from reweight.checks import kind
 from reweight.rules import RULES, Group
 from reweight.shards import parameters_of
+
+_logger = logging.getLogger("reweight")
 
 Parameters: TypeAlias = dict[str, Tensor]
 AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
@@ -31,9 +35,10 @@ def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOpti
         several = [torchopt.Optimizer(parameters, optimizer)]
     for one in several:
         if not isinstance(one, optim.Optimizer | torchopt.Optimizer):
+            inside = " Pass its `optimizer`." if hasattr(one, "optimizer") else ""
             raise TypeError(
                 "`optimizer` must be an optimizer of torch.optim or torchopt, a gradient "
-                f"transformation of torchopt, or a list of optimizers, got {type(one).__name__}."
+                f"transformation of torchopt, or a list of optimizers, got {kind(one)}.{inside}"
             )
     held = list(map(id, held_by(several)))
     if len(set(held)) < len(held):
@@ -50,6 +55,27 @@ def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOpti
             "it from model.parameters(), after moving the model to its device."
         )
     return tuple(several)
+
+
+def log_what_stays(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> None:
+    """Say which trainable parameters are of no optimizer, and whether it holds others."""
+    named: Parameters = parameters_of(model)
+    held = {id(parameter) for parameter in held_by(optimizers)}
+    left = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
+    if left:
+        _logger.warning(
+            "`optimizer` holds all trainable parameters of `model` but %d, which stay as they are: "
+            "%s. Freeze them, or give them to it.",
+            len(left),
+            ", ".join(left[:3] + ["…"] * (len(left) > 3)),
+        )
+    others = held - set(map(id, named.values()))
+    if others:
+        _logger.warning(
+            "`optimizer` holds %d parameters that are not of `model`, which the look-ahead leaves "
+            "as they are. If the loss depends on them, make it a part of the model.",
+            len(others),
+        )
 
 
 def held_by(optimizers: Sequence[AnyOptimizer]) -> Iterator[Tensor]:
@@ -103,6 +129,8 @@ def check_differentiable(optimizer: AnyOptimizer, exactness: Exactness = "exact"
     if exactness == "gradient_descent" or type(optimizer) in (*RULES, *STOCK):
         return
     name = type(optimizer).__name__
+    if isinstance(getattr(optimizer, "optimizer", None), optim.Optimizer):
+        raise TypeError(f"`optimizer` must be bare, got {name} around one: pass its `optimizer`.")
     known = type(optimizer).__module__.startswith("torch.optim")
     reason = _REFUSED.get(name) if known else None
     raise TypeError(

@@ -16,7 +16,7 @@ class Update(NamedTuple):
         meta_loss: L_meta and the shares it rests on, of all ranks.
         hypergradient_norm: Euclidean norm of ∂L_meta/∂w, of all ranks, scalar.
         nonfinite: whether train losses, meta loss and hypergradient held a value that is not
-            finite, on any rank, shape [3], bool.
+            finite, on any rank, and whether the reweighter would have come to, shape [4], bool.
         num_zero_moments: entries of the pseudo update with no derivative, taken as 0.
         undo: puts the reweighter and its optimizer back.
     """
@@ -42,7 +42,8 @@ class StepResult(NamedTuple):
         exit_shares: share of the meta samples each exit was judged on, shape [K], or None.
         hypergradient_norm: Euclidean norm of ∂L_meta/∂w, scalar, or None.
         nonfinite: whether the train losses, the meta loss and the hypergradient held a value that
-            is not finite, shape [3], bool, or None. One True and the reweighter stayed as it was.
+            is not finite, or the reweighter would have come to hold one, shape [4], bool, or None.
+            One True and the reweighter stayed as it was.
         num_zero_moments: entries whose update has no derivative (Adam, gradient and second moment
             both 0); it was taken as 0. Of sharded parameters those of this rank are counted.
     """
@@ -63,7 +64,7 @@ class StepResult(NamedTuple):
             parts.append(f"meta loss {self.meta_loss.item():.4f}")
         parts.append(f"weights {self.weights.min().item():.2f}…{self.weights.max().item():.2f}")
         if self.nonfinite is not None and self.nonfinite.any():
-            names = ("train losses", "meta loss", "hypergradient")
+            names = ("train losses", "meta loss", "hypergradient", "reweighter")
             found = [name for name, bad in zip(names, self.nonfinite.tolist(), strict=True) if bad]
             parts.append(f"reweighter not updated: non-finite {', '.join(found)}")
         return ", ".join(parts)

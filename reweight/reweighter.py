@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reweight.checks import check_choice, check_number, check_whole
 from reweight.distributed import gather, sum_over_ranks
 from reweight.losses import ExitLosses
 
@@ -30,12 +31,12 @@ class SampleReweighter(nn.Module):
         average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
             each exit over the "samples" of the batch (default for sigmoid), or over "both".
         strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
-            for CIFAR (0.3 for ImageNet, with the mean over both).
+            for CIFAR (0.3 for ImageNet, with the mean over both). Not for sigmoid.
         inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
         num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
 
     Raises:
-        TypeError: the number of exits is not a whole number.
+        TypeError: an argument is of another type.
         ValueError: an argument is out of range, or K = 1 with the mean over the exits, which would
             make every weight 1.
 
@@ -54,15 +55,12 @@ class SampleReweighter(nn.Module):
         *,
         form: Literal["tanh", "sigmoid"] | None = None,
         average_over: Literal["exits", "samples", "both"] | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         inputs: Literal["losses", "confidences", "both"] = "losses",
         num_hidden: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_exits, int):
-            raise TypeError(f"`num_exits` must be a whole number, got {num_exits!r}.")
-        if num_exits < 1:
-            raise ValueError(f"`num_exits` must be at least 1, got {num_exits}.")
+        check_whole("num_exits", num_exits)
         form = form or ("sigmoid" if num_exits == 1 else "tanh")
         check_choice("form", form, ("tanh", "sigmoid"))
         average_over = average_over or ("exits" if form == "tanh" else "samples")
@@ -73,12 +71,18 @@ class SampleReweighter(nn.Module):
                 "`average_over` must be 'samples' for a single exit: the mean over the exits would "
                 "make every weight 1."
             )
-        if not 0 <= strength < float("inf"):
-            raise ValueError(f"`strength` must be finite and at least 0, got {strength}.")
+        if strength is not None and form == "sigmoid":
+            raise ValueError(
+                f"`strength` must be left out of form='sigmoid', got {strength}. For weights of 1 "
+                "take form='tanh' with strength=0."
+            )
+        strength = 0.8 if strength is None else strength
+        check_number("strength", strength)
+        if strength < 0:
+            raise ValueError(f"`strength` must be at least 0, got {strength}.")
         if num_hidden is None:
             num_hidden = 500 if form == "tanh" else 100
-        if num_hidden < 1:
-            raise ValueError(f"`num_hidden` must be at least 1, got {num_hidden}.")
+        check_whole("num_hidden", num_hidden)
         self.num_exits, self.form, self.average_over = num_exits, form, average_over
         self.strength, self.inputs = strength, inputs
         self.network = nn.Sequential(
@@ -123,16 +127,17 @@ class SampleReweighter(nn.Module):
                 "has, or let `loss` return a row for each sample and a column for each exit."
             )
         parameter = next(self.network.parameters())
-        if self.inputs == "losses":
-            return losses.detach().to(parameter)
-        if confidence is None:
+        if self.inputs != "losses" and confidence is None:
             raise ValueError(
                 f"`losses` must carry confidences for inputs={self.inputs!r}, got None. Pass what "
                 "exit_cross_entropy returns."
             )
-        if self.inputs == "confidences":
-            return confidence.to(parameter)
-        return torch.cat([losses.detach(), confidence], 1).to(parameter)
+        seen = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
+        features = torch.cat(seen[self.inputs], 1).detach().to(parameter)
+        if exit_losses.valid is None:
+            return features
+        # What a sample that does not count came to may be no number, and 0 times that is none.
+        return torch.where(exit_losses.valid.unsqueeze(1), features, 0)
 
     def _largest(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The largest value of each mean's, in the shape of the mean; 0 where none counts."""
@@ -158,15 +163,3 @@ class SampleReweighter(nn.Module):
             f"num_exits={self.num_exits}, form={self.form}, average_over={self.average_over}, "
             f"strength={self.strength}, inputs={self.inputs}"
         )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value of the argument is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def check_positive(name: str, value: float | None) -> None:
-    """Raise ValueError unless the value of the argument is positive, or None."""
-    if value is not None and not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")

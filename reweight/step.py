@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight.batches import Batch, unpack
+from reweight.checks import check_flag, check_positive
 from reweight.compiled import CompiledModel, uncompiled_if_need_be
 from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
 from reweight.forwards import (
@@ -53,45 +54,42 @@ class MetaReweightStep:
         reweighter_optimizer: moves the reweighter. Default, as published: Adam with weight decay
             1e-4 and learning rate 1e-4, or 1e-3 for the sigmoid form.
         objective: the meta loss. Default ``BudgetedObjective()``.
-        interval: update the reweighter at every interval-th call of ``backward``, beginning with
-            the first. Default 1 (the publication uses 1 for CIFAR, 100 for ImageNet).
+        interval: update the reweighter at every interval-th call of ``backward``, accumulating
+            ones too, beginning with the first. Default 1 (published: 1 CIFAR, 100 ImageNet).
         estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
-            forwards), "unrolled" (exact, double backward; slower and larger, for reference), or
-            "auto" (default): forward, until an operation of the model has no forward mode, and
-            finite differences from then on; the log says which operation it was.
+            forwards), "unrolled" (exact, double backward, for reference), or "auto" (default):
+            forward, until the model has an operation without; the log says which it was.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
             own step cannot be differentiated.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
-        clip_grad_norm: the norm to which you clip the gradient of the optimizer's parameters before
-            ``optimizer.step()``, so that the pseudo update does so too. Calling the step clips by
-            itself. Default: no clipping.
-        clip_hypergradient: the largest norm of ∂L_meta/∂w that reaches the reweighter; larger ones
-            are scaled down to it. Default: any.
+        clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
+            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        clip_hypergradient: what the norm of ∂L_meta/∂w is scaled down to if larger. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
-        lean: give up the graph of the train batch before the meta pass and make it again after it:
-            about the memory of a plain step, for one more forward; the same results. Default: keep.
+        lean: make the graph of the train batch twice, so as not to keep it during the meta pass:
+            about the memory of a plain step, for one more forward; the same results. Default False.
         lagged: train first and learn from that step, which saves a backward, or, with no meta batch
-            given, a meta pass as well: what is learned acts one step later. Default: learn first.
+            given, a meta pass as well: what is learned acts one step later. Default False.
         train_fraction: the share of the train batch, drawn anew at each update, whose weights are
-            learned from: the faster, the noisier, and unbiased but for batch statistics. Default 1.
+            learned from; the losses have the samples first. The faster, the noisier, unbiased but
+            for batch statistics, and with dropout under other masks. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step has no derivative, or the model is parallel otherwise.
-        ValueError: an argument is out of range or another on another rank, or the optimizer holds
-            none of the parameters.
+        TypeError: the optimizer's step has no derivative, the model is parallel otherwise, or an
+            argument is of another type.
+        ValueError: an argument is out of range, or another on another rank.
 
     Example:
         >>> model = nn.Linear(4, 3)  # a single exit; with more, return the logits of each
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1))
         >>> train, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
-        >>> result = step.backward(train, meta)
-        >>> result.weights.shape
+        >>> step.backward(train, meta).weights.shape
         torch.Size([6, 1])
     """
 
@@ -116,16 +114,17 @@ class MetaReweightStep:
         train_fraction: float = 1.0,
         moves: Callable[[str], bool] | None = None,
     ) -> None:
-        if interval < 1:
-            raise ValueError(f"`interval` must be at least 1, got {interval}.")
+        check_flag("lean", lean)
+        check_flag("lagged", lagged)
         if estimator == "unrolled" and (lagged or train_fraction < 1):
             raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
         self._inner, self._group = unwrap(model)
         self.model, self.reweighter = model, reweighter
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
-        self._learner = ReweighterLearner(reweighter, reweighter_optimizer, clip_hypergradient)
+        own = reweighter_optimizer, interval, clip_hypergradient
+        self._learner = ReweighterLearner(reweighter, *own)
         self.reweighter_optimizer = self._learner.optimizer
-        self.interval, self.lean, self.lagged = interval, lean, lagged
+        self.lean, self.lagged = lean, lagged
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
         self._forward = ExitForward(model, self._inner, exits, loss, compiled)
@@ -141,7 +140,6 @@ class MetaReweightStep:
             train_fraction=train_fraction,
             moves=moves,
         )
-        self._postponed: FirstForward | None = None
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
         with joined(self._group):
             self._learner.require_same(options, next(model.parameters()).device)
@@ -189,17 +187,19 @@ class MetaReweightStep:
                 is out of range, or no loss depends on a parameter. Nothing has changed then, unless
                 the very last backward fails while gradients are accumulated.
         """
+        check_positive("scale", scale)
         train = unpack(train, "`train`")
         if meta is not None:
             meta = unpack(meta, "`meta`")
         elif not self.lagged:
             raise TypeError("`meta` must be a pair (inputs, target) unless lagged=True, got None.")
-        waiting, postponed = self._postponed if meta is None else None, None
+        waiting, postponed = self._lookahead.still_waiting() if meta is None else None, None
         beginning, values, update = Beginning(self._inner), Values(), None
-        due = self._learner.num_calls % self.interval == 0 and self._learner.is_trainable
+        due = self._learner.is_due
         moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
-        gradients = Gradients(parameters_of(self._inner).values(), copy=lagged)
+        own = parameters_of(self._inner).values()
+        gradients = Gradients([*own, *held_by(self.optimizers)], copy=lagged)
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
@@ -239,7 +239,7 @@ class MetaReweightStep:
                 update.undo()
             raise
         self._learner.num_calls += 1
-        self._postponed = postponed
+        self._lookahead.waiting = postponed
         return StepResult.of(losses, weights, update)
 
     @uncompiled_if_need_be
@@ -275,13 +275,14 @@ class MetaReweightStep:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, or raise ValueError with nothing loaded."""
         self._learner.load_state_dict(state_dict)
+        self._lookahead.waiting = None
 
     def _update(self, first: FirstForward, meta: Batch | ExitLosses) -> Update:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
         after, weights = Beginning(self._inner), self._learner.weights(first.losses)
-        seed = self._learner.num_calls
+        seed = self._learner.num_updates
         hypergradient = self._lookahead.hypergradient(first, meta, weights, seed)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
         return self._learner.learn(first.losses, weights, hypergradient)
@@ -293,7 +294,7 @@ class MetaReweightStep:
 
     @property
     def estimator(self) -> str:
-        """The estimator in use; "auto" until it has been decided."""
+        """The estimator in use; "auto" is forward mode, as long as it stands here."""
         return self._lookahead.estimator
 
     def _attention(self) -> AbstractContextManager[None]:

@@ -425,7 +425,7 @@ def what_is_sent_is_what_the_documentation_says(group: Any) -> None:
         with counted() as calls:
             step(*own_batches())
         assert calls == expected, options
-    step.interval = 2
+    step._learner.interval = 2
     with counted() as calls:
         step(*own_batches())
     assert calls == [count]

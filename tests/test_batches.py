@@ -1,5 +1,8 @@
 """Halves of batches, whatever the inputs are made of."""
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import pytest
 import torch
 
@@ -35,11 +38,42 @@ def test_a_single_sample_is_left_out_with_a_warning() -> None:
 
 
 def test_bad_batches_are_named() -> None:
-    with pytest.raises(ValueError, match="same number of samples, got 2, 3"):
+    with pytest.raises(ValueError, match=r"samples first, got a tuple of 2: torch.float32 \[2\]"):
         halves(torch.zeros(2), torch.zeros(3))
     with pytest.raises(TypeError, match=r"must be a pair \(inputs, target\), got a tuple of 3"):
         list(swap_halves([(torch.zeros(2), torch.zeros(2), torch.zeros(2))]))
-    with pytest.raises(ValueError, match="same number of samples, got 0, 2"):
+    with pytest.raises(ValueError, match=r"float32 \[\] on cpu. A loader gives batches"):
         halves(torch.zeros(2), torch.tensor(1.0))
     with pytest.raises(TypeError, match="got Tensor"):
         list(swap_halves([torch.zeros(2)]))
+
+
+def test_halves_come_as_often_as_the_loader_does() -> None:
+    loader = [(torch.arange(4.0), torch.arange(4))] * 3
+    halves = swap_halves(loader)
+    assert len(halves) == len(list(halves)) == len(list(halves)) == 6
+
+
+class Inputs(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def test_what_holds_the_tensors_stays_what_it_is() -> None:
+    x = torch.arange(4.0)
+    (inputs, _), _ = next(iter(swap_halves([(Inputs(x, -x), x)])))
+    assert type(inputs) is Inputs
+    assert torch.equal(inputs.right, -x[:2])
+    (inputs, _), _ = next(iter(swap_halves([({"both": (x, [x]), "mode": "train"}, x)])))
+    assert type(inputs["both"]) is tuple
+    assert type(inputs["both"][1]) is list
+    assert inputs["mode"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"), [(["a", "b"], "got texts"), (np.ones(2), "got a NumPy array")]
+)
+def test_samples_that_are_not_in_tensors_are_refused(samples: Any, words: str) -> None:
+    x = torch.zeros(2)
+    with pytest.raises(TypeError, match=words):
+        list(swap_halves([({"x": x, "other": samples}, x)]))

@@ -261,3 +261,17 @@ def test_costs_leave_the_modes_of_the_model_as_they_were() -> None:
     with pytest.raises(TypeError, match="Pass `exits=`"):
         exit_costs(model, torch.zeros(1, 2, 4, 4))
     assert model.training
+
+
+def test_confidences_that_are_no_number_leave_at_the_last_exit() -> None:
+    confidence = torch.tensor([[torch.nan, 0.5], [0.9, 0.9], [0.8, 0.7], [0.7, 0.6]])
+    thresholds = find_thresholds(confidence, exit_shares(2, 1.0))
+    assert torch.equal(thresholds, torch.tensor([0.8, -torch.inf]))
+    assert choose_exits(confidence, thresholds).tolist() == [1, 0, 0, 1]
+
+
+def test_thresholds_of_another_number_of_exits_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`thresholds` must have shape \[2\], got \[1\]"):
+        choose_exits(torch.rand(4, 2), torch.tensor([0.5]))
+    with pytest.raises(TypeError, match=r"`confidence` must be a tensor .* got ExitLosses"):
+        find_thresholds(ExitLosses(torch.rand(4, 2)), exit_shares(2, 1.0))

@@ -129,11 +129,40 @@ def test_a_call_that_fails_keeps_what_waits() -> None:
     step = make(lagged=True)
     train, other = batches()
     step(train)
-    before, waiting = vector(step.reweighter), step._postponed
+    before, waiting = vector(step.reweighter), step._lookahead.waiting
     with pytest.raises(ValueError, match="`target` must lie in"):
         step((other[0], other[1] + 100))
     assert torch.equal(before, vector(step.reweighter))
-    assert step._postponed is waiting
+    assert step._lookahead.waiting is waiting
+
+
+def test_a_call_that_fails_after_what_waited_was_judged_can_be_repeated(monkeypatch) -> None:
+    train, other = batches()
+    learnt = []
+    for fails in (False, True):
+        step = make(lagged=True, clip_grad_norm=1.0)
+        step(train)
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(step._lookahead, "scaled", lambda _: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    step.backward(other)
+        step.backward(other)
+        learnt.append(vector(step.reweighter))
+    assert torch.equal(*learnt)
+
+
+def test_what_waits_is_given_up_where_it_has_lost_its_meaning() -> None:
+    train, other = batches()
+    step = make(lagged=True)
+    saved = copy.deepcopy(step.state_dict())
+    step(train)
+    assert copy.deepcopy(step)(other).meta_loss is None  # a copy has a model of its own
+    step.load_state_dict(saved)
+    assert step(other).meta_loss is None
+    next(step.model.parameters()).requires_grad_(False)
+    assert step(train).meta_loss is None
+    assert step(other).meta_loss is not None
 
 
 def test_only_a_lagged_step_does_without_a_meta_batch() -> None:
@@ -182,7 +211,7 @@ def test_a_fraction_of_the_rows_is_unbiased() -> None:
     step = make(train_fraction=1 / size)
     by_row, seed = {}, 0
     while len(by_row) < size:
-        step._learner.num_calls = seed = seed + 1
+        step._learner.num_updates = seed = seed + 1
         drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[0].item()
         by_row.setdefault(drawn, change(step, train, meta))
     estimates = torch.stack(list(by_row.values()))
@@ -214,11 +243,18 @@ def test_tokens_of_a_row_stay_together() -> None:
     step = MetaReweightStep(model, optimizer, reweighter, train_fraction=0.25, **options)
     by_row, seed = {}, 0
     while len(by_row) < 4:
-        step._learner.num_calls = seed = seed + 1
+        step._learner.num_updates = seed = seed + 1
         drawn = torch.randperm(4, generator=torch.Generator().manual_seed(seed))[0].item()
         by_row.setdefault(drawn, change(step, train, meta))
     mean = torch.stack(list(by_row.values())).mean(0)
     torch.testing.assert_close(mean, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_drawn_anew_at_each_update() -> None:
+    step = make(train_fraction=0.5)
+    train, meta = batches()
+    changes = [change(step, train, meta) for _ in range(4)]
+    assert not all(torch.equal(changes[0], each) for each in changes[1:])
 
 
 def test_rows_are_drawn_apart_from_all_else_that_is_random() -> None:

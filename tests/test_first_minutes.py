@@ -74,6 +74,7 @@ BATCHES: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "inputs and target apart": (X, Y, TypeError, r"`train` must be a pair \(inputs, target\)"),
     "no target": ((X,), GOOD, TypeError, r"`train` must be a pair .* got a tuple of 1"),
     "no meta target": (GOOD, [X], TypeError, r"`meta` must be a pair .* got a list of 1"),
+    "a dict": ({"x": X}, GOOD, TypeError, r"got dict\. Take the target out of the dict: \(batch, "),
     "three values": ((X, X, Y), GOOD, TypeError, r"got a tuple of 3\. Several inputs go into a"),
     "no meta batch": (GOOD, None, TypeError, r"`meta` must be a pair .* unless lagged=True"),
     "target of None": ((X, None), GOOD, TypeError, "`target` must hold class indices .* NoneType"),
@@ -137,8 +138,12 @@ INPUTS: dict[str, tuple[Any, Any, str]] = {
     "meta swapped": (GOOD, (Y[:7], X), r"batch \(inputs, target\): torch.int64 \[7\] on cpu"),
     "integers": ((torch.ones(8, 5).long(), Y), GOOD, r"torch.int64 \[8, 5\]"),
     "double": ((X.double(), Y), GOOD, r"torch.float64 \[8, 5\]"),
-    "two batches": ((GOOD, GOOD), GOOD, r"2 arguments torch.float32 \[8, 5\] on cpu, torch.int64"),
-    "named otherwise": (({"y": X}, Y), GOOD, r"named arguments y=torch.float32 \[8, 5\] on cpu"),
+    "two batches": (
+        (GOOD, GOOD),
+        GOOD,
+        r"a tuple of 2: torch.float32 \[8, 5\] on cpu, torch.int64",
+    ),
+    "named otherwise": (({"y": X}, Y), GOOD, r"a dict\(y=torch.float32 \[8, 5\] on cpu\)"),
     "elsewhere": ((X.to("meta"), Y), GOOD, r"torch.float32 \[8, 5\] on meta"),
     "None": ((None, Y), GOOD, r": NoneType"),
 }
@@ -174,12 +179,22 @@ PARTS: dict[str, tuple[Callable[[], MetaReweightStep], type[Exception], str]] = 
     "a dict returned": (
         lambda: make(Net(output=lambda logits: {"logits": logits})),
         TypeError,
-        "`logits` must be a tensor or a non-empty list.* got dict. Pass `exits=`",
+        r"non-empty list.* got a dict\(logits=a list of 3: torch.float32 \[8.*Pass `exits=`",
     ),
     "nothing returned": (
         lambda: make(Net(output=lambda logits: None)),
         TypeError,
         "`logits` must be a tensor .* got NoneType",
+    ),
+    "an exit missing in the list": (
+        lambda: make(Net(output=lambda logits: [None, *logits[1:]])),
+        TypeError,
+        "got a list of 3: NoneType, torch.float32",
+    ),
+    "one class": (
+        lambda: make(Net(output=lambda logits: [z[:, :1] for z in logits])),
+        ValueError,
+        r"`logits` of exit 0 must be of two classes or more, got \[8, 1\]",
     ),
     "means returned": (
         lambda: make(Net(output=lambda logits: [z.mean(0) for z in logits])),
@@ -309,12 +324,12 @@ SETUPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a class for a reweighter": (
         lambda: make(reweighter=SampleReweighter),
         TypeError,
-        "`reweighter` must be a module .*, got <class",
+        "`reweighter` must be a module .*, got the class SampleReweighter",
     ),
     "a class for an objective": (
         lambda: make(objective=BudgetedObjective),
         TypeError,
-        r"got a class: pass BudgetedObjective\(\)",
+        r"got the class BudgetedObjective\. Pass an instance: BudgetedObjective\(\)",
     ),
     "text for a number": (
         lambda: SampleReweighter("3"),
@@ -327,6 +342,59 @@ SETUPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"`num_exits` must be a whole number, got 2\.5",
     ),
     "no interval": (lambda: make(interval=0), ValueError, "`interval` must be at least 1, got 0"),
+    **{
+        f"{name}={value!r}": (lambda n=name, v=value: make(**{n: v}), error, words)
+        for name, value, error, words in (
+            ("interval", 1.5, TypeError, r"`interval` must be a whole number, got 1\.5"),
+            ("interval", None, TypeError, "`interval` must be a whole number, got None"),
+            ("lagged", "False", TypeError, "`lagged` must be True or False, got 'False'"),
+            ("lean", 1, TypeError, "`lean` must be True or False, got 1"),
+            ("objective", "budgeted", TypeError, "`objective` must be a function, .* 'budgeted'"),
+            ("loss", "ce", TypeError, "`loss` must be a function, .* got 'ce'"),
+            ("loss", nn.CrossEntropyLoss, TypeError, r"an instance: CrossEntropyLoss\(\)"),
+            ("exits", 3, TypeError, "`exits` must be a function, .* got 3"),
+            ("moves", "exits", TypeError, "`moves` must be a function, .* got 'exits'"),
+            ("scaler", True, TypeError, "`scaler` must be a GradScaler, got bool"),
+            ("reweighter_optimizer", 1e-3, TypeError, r"`reweighter_optimizer` .* got float\."),
+            ("reweighter_optimizer", Adam, TypeError, "`reweighter_optimizer` .* the class Adam"),
+            ("train_fraction", "a", TypeError, "`train_fraction` must be a number, got 'a'"),
+            ("clip_grad_norm", "1", TypeError, "`clip_grad_norm` must be a number, got '1'"),
+            ("clip_grad_norm", -1, ValueError, "`clip_grad_norm` must be positive, got -1"),
+            ("clip_hypergradient", 0, ValueError, "`clip_hypergradient` must be positive, got 0"),
+        )
+    },
+    "a class for an optimizer": (
+        lambda: MetaReweightStep(Net(), SGD, SampleReweighter(3)),
+        TypeError,
+        "`optimizer` must be an optimizer .* got the class SGD",
+    ),
+    "a scheduler for an optimizer": (
+        lambda: MetaReweightStep(
+            Net(), torch.optim.lr_scheduler.StepLR(optimizer_of(Net()), 1), SampleReweighter(3)
+        ),
+        TypeError,
+        r"`optimizer` must be an optimizer .* got StepLR\. Pass its `optimizer`",
+    ),
+    "a class for a model": (
+        lambda: MetaReweightStep(Net, optimizer_of(Net()), SampleReweighter(3)),
+        TypeError,
+        r"`model` must be a torch\.nn\.Module, got the class Net\.$",
+    ),
+    "a strength of a sigmoid": (
+        lambda: SampleReweighter(3, form="sigmoid", strength=0),
+        ValueError,
+        "`strength` must be left out of form='sigmoid', got 0. For weights of 1 take form='tanh'",
+    ),
+    "a text for a power": (
+        lambda: BudgetedObjective("a"),
+        TypeError,
+        "`power` must be a number, got 'a'",
+    ),
+    "no scale": (
+        lambda: make().backward(GOOD, GOOD, scale=0),
+        ValueError,
+        "`scale` must be positive, got 0",
+    ),
     "no gradients": (
         without_gradients,
         ValueError,
@@ -385,3 +453,16 @@ def test_a_model_in_evaluation_mode_trains_as_in_a_plain_loop() -> None:
     for name, value in twin.state_dict().items():
         # The means are taken over another number of terms at a time.
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_optimizer_leaves_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = Net(), nn.Linear(2, 2)
+    held = [*model.body.parameters(), *other.parameters()]
+    MetaReweightStep(model, SGD(held, lr=0.1), SampleReweighter(3))
+    left, others = caplog.messages
+    assert "all trainable parameters of `model` but 6" in left
+    assert "exits.0.weight, exits.0.bias, exits.1.weight, …" in left
+    assert "holds 2 parameters that are not of `model`" in others
+    caplog.clear()
+    make()
+    assert not caplog.messages

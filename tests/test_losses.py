@@ -512,7 +512,7 @@ def test_shares_of_the_mean_leave_ignored_samples_out() -> None:
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ValueError, "at least one sample"),
         ([torch.zeros(2, 3), torch.zeros(3, 3)], torch.tensor([0, 1]), ValueError, "exit 1"),
         ([], torch.tensor([0, 1]), TypeError, "Pass `exits=`"),
-        ({"logits": 1}, torch.tensor([0, 1]), TypeError, "got dict"),
+        ({"logits": 1}, torch.tensor([0, 1]), TypeError, r"got a dict\(logits=int\)"),
         (torch.zeros(()), torch.tensor([0]), ValueError, "exit 0"),
         (
             torch.zeros(2, 3),

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from cases import (
@@ -334,7 +334,7 @@ class TestNonFinite:
         spoiled[0][3] = bad
         result = step.backward(train, meta)
         # The meta loss is computed at what the train losses made of the parameters.
-        assert result.nonfinite.tolist() == [where == "train", True, True]
+        assert result.nonfinite.tolist() == [where == "train", True, True, False]
         assert re.search("not updated: non-finite (train losses|meta loss)", result.summary())
         assert step.num_skipped == 1
         for key in ("reweighter", "reweighter_optimizer"):
@@ -359,6 +359,39 @@ class TestNonFinite:
         after = list(step.reweighter.parameters())
         assert not all(map(torch.equal, before, after))
         assert all(p.isfinite().all() for p in after)
+
+    @pytest.mark.parametrize("inputs", ["confidences", "both"])
+    def test_samples_that_do_not_count_may_come_to_no_number(self, inputs: str) -> None:
+        model = nn.Linear(4, 3)
+        train, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
+        train[1][2] = meta[1][2] = -100
+
+        def exits(logits: Tensor) -> list[Tensor]:
+            return [logits.masked_fill((train[1] == -100).unsqueeze(1), -torch.inf)] * 2
+
+        reweighter = SampleReweighter(2, inputs=inputs)
+        step = MetaReweightStep(model, SGD(model.parameters(), lr=0.1), reweighter, exits=exits)
+        for _ in range(2):
+            assert not step(train, meta).nonfinite.any()
+        for parameter in (*model.parameters(), *reweighter.parameters()):
+            assert parameter.isfinite().all()
+
+    @pytest.mark.parametrize("num_before", [0, 1])
+    def test_a_step_of_the_reweighter_to_no_number_is_taken_back(self, num_before: int) -> None:
+        step = make()
+        train, meta = batches()
+        for _ in range(num_before):
+            step.update_reweighter(train, meta)
+        before = copy.deepcopy(step.state_dict())
+        own = step.reweighter_optimizer.param_groups[0]
+        lr, own["lr"] = own["lr"], torch.inf
+        result = step.update_reweighter(train, meta)
+        own["lr"] = lr
+        assert result.nonfinite.tolist() == [False, False, False, True]
+        assert result.summary().endswith("reweighter not updated: non-finite reweighter")
+        assert step.num_skipped == 1
+        assert_same(step.state_dict()["reweighter"], before["reweighter"])
+        assert not step.update_reweighter(train, meta).nonfinite.any()
 
 
 class TestState:
@@ -670,7 +703,7 @@ def test_bad_calls_are_named_and_change_nothing(case: str, method: str) -> None:
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (lambda z: {"logits": z}, TypeError, "got dict. Pass `exits="),
+        (lambda z: {"logits": z}, TypeError, r"got a dict\(.*Pass `exits="),
         (lambda z: "logits", TypeError, "got str"),
         (lambda z: [z, z.sum()], ValueError, "exit 1"),
         (lambda z: [z.detach(), z.detach()], ValueError, "without a graph"),

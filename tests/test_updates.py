@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cases import (
     OPTIMIZERS,
@@ -318,3 +319,17 @@ def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
         assert_same(optimizer.state_dict(), state_before)
     snapshot.restore()  # the state too that the step has made
     assert_same(optimizer.state_dict(), state_before)
+
+
+def test_the_twin_of_a_stock_class_calls_no_hook_of_the_user() -> None:
+    model = make_model("mlp")
+    optimizer = torch.optim.NAdam(model.parameters())
+    calls = []
+    hook = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    try:
+        parameters = dict(model.named_parameters())
+        gradients = {n: torch.ones_like(p).requires_grad_() for n, p in parameters.items()}
+        pseudo_update([optimizer], parameters, gradients)
+    finally:
+        hook.remove()
+    assert not calls
