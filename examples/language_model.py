@@ -153,7 +153,7 @@ def train(
     fixed = layerskip_weights() if arm == "LayerSkip" else torch.ones(len(LAYERS))
     for number in range(num_steps):
         if number % (num_steps // settings.epochs) == 0:
-            halves = swap_halves(batches(rows, settings.batch_size))
+            halves = iter(swap_halves(batches(rows, settings.batch_size)))
         half, other = next(halves)
         optimizer.zero_grad()
         if arm == "reweighted":

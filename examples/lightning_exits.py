@@ -4,7 +4,6 @@ python examples/lightning_exits.py
 """
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,17 +52,6 @@ class Digits(LightningModule):
         }
 
 
-class Halves:
-    """Each half of a batch trains once and judges once: two steps of every batch, as published."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
-        """Pairs (train, meta)."""
-        return swap_halves(self.loader)
-
-
 @torch.no_grad()
 def answers(module: Digits, part: Dataset[Any]) -> ExitLosses:
     """Losses, confidence and correctness of a part of the data, in one batch."""
@@ -94,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, Halves(loader))
+        trainer.fit(module, swap_halves(loader))
 
         module = module.cpu().eval()
         held_out, test = (answers(module, part) for part in (data.calibration, data.test))

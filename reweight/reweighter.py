@@ -132,8 +132,10 @@ class SampleReweighter(nn.Module):
                 f"`losses` must carry confidences for inputs={self.inputs!r}, got None. Pass what "
                 "exit_cross_entropy returns."
             )
+        seen: dict[str, list[Tensor | None]]
         seen = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
-        features = torch.cat(seen[self.inputs], 1).detach().to(parameter)
+        chosen = [each for each in seen[self.inputs] if each is not None]
+        features = torch.cat(chosen, 1).detach().to(parameter)
         if exit_losses.valid is None:
             return features
         # What a sample that does not count came to may be no number, and 0 times that is none.

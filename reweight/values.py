@@ -3,6 +3,7 @@
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,18 @@ PRODUCTS = {
 }
 """(input, weight, bias, ...) → input · weight + bias, linear in each."""
 
+_UNSEEN = {
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+}
+"""Ways to memory by which it may be changed without a trace: the version of the tensor stays."""
+
 _LARGE = 1 << 14  # elements; below, Python costs more than the arithmetic it saves
 
 
@@ -29,8 +42,10 @@ class Values(TorchFunctionMode):
 
     A result is given back only for the very same bytes of input, weight and bias, so it is bitwise
     what the product would be, whatever the model does meanwhile. Nothing is kept alive for that:
-    tensors that the graph of the losses does not hold, or that were changed in place since, are
-    forgotten.
+    tensors that the graph of the losses does not hold, or that were changed in place since, or may
+    have been by way of ``.data``, NumPy or an address, are forgotten. Only what the loss function
+    does by such a way, or someone between two calls, is not seen. What is given back is a copy, so
+    that the graph stays as it is.
     """
 
     def __init__(self) -> None:
@@ -41,6 +56,8 @@ class Values(TorchFunctionMode):
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the function; takes note of it if it is a product."""
+        if func in _UNSEEN:
+            self._forget(args[0])
         result = func(*args, **(kwargs or {}))
         if is_large_product(func, args) and result.requires_grad:
             product = Product.of(func, *args, **(kwargs or {}))
@@ -60,7 +77,17 @@ class Values(TorchFunctionMode):
         call = calls.popleft()
         if call.settings != product.settings:
             return None
-        return call.result() if all(map(_same_bytes, call.tensors, product.tensors)) else None
+        same = all(map(_same_bytes, call.tensors, product.tensors))
+        value = call.result() if same else None
+        return None if value is None else value.clone()
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Forget the results in the memory of this tensor."""
+        if not is_plain(tensor):
+            return
+        for call in chain.from_iterable(self._calls.values()):
+            if call.result.shares_memory_with(tensor):
+                call.result.forget()
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Look for weights and biases in these copies from now on, by the id of what was copied."""
@@ -131,6 +158,15 @@ class _Trace:
             return None
         return base.detach().as_strided(*self._place)
 
+    def shares_memory_with(self, tensor: Tensor) -> bool:
+        """Whether it is, or was, in the same memory."""
+        base = self._base()
+        return base is not None and _memory(base) == _memory(tensor)
+
+    def forget(self) -> None:
+        """Find it no more."""
+        self._version = -1
+
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Find the same place of a copy, if it was copied as it is."""
         base = self._base()
@@ -170,3 +206,7 @@ def _words(tensor: Tensor) -> Tensor:
         flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
         return flat.view(torch.int64)
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

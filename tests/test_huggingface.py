@@ -1,5 +1,7 @@
 """The Trainer and Accelerate against the same training written as a loop."""
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from reweight import (
     MetaReweightStep,
@@ -56,9 +66,19 @@ def reweighter() -> SampleReweighter:
     return SampleReweighter(num_exits=2).double()
 
 
-def fit(path: Path, *, accumulate: int = 1, batch: int = BATCH, resume=None, meta=None, **options):
-    model = language_model()
-    used = MetaReweight(reweighter(), meta or DataLoader(Tokens(2), batch))
+def trainer_of(
+    path: Path,
+    *,
+    accumulate: int = 1,
+    batch: int = BATCH,
+    model=None,
+    meta=None,
+    of_step=None,
+    of_trainer=None,
+    **options,
+) -> tuple[nn.Module, MetaReweight, Trainer]:
+    model = model or language_model()
+    used = MetaReweight(reweighter(), meta or DataLoader(Tokens(2), batch), **of_step or {})
     settings = {
         "max_steps": NUM_STEPS,
         "learning_rate": 1e-2,
@@ -77,13 +97,19 @@ def fit(path: Path, *, accumulate: int = 1, batch: int = BATCH, resume=None, met
         gradient_accumulation_steps=accumulate,
         **settings | options,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=Tokens(1),
-        callbacks=[used],
-        compute_loss_func=used.compute_loss,
-    )
+    given = {
+        "train_dataset": Tokens(1),
+        "callbacks": [used],
+        "compute_loss_func": used.compute_loss,
+    }
+    return model, used, Trainer(model, arguments, **given | (of_trainer or {}))
+
+
+def fit(path: Path, *, resume=None, also=None, **options):
+    """Train, with one more callback."""
+    model, used, trainer = trainer_of(path, **options)
+    if also is not None:
+        trainer.add_callback(also)
     trainer.train(resume_from_checkpoint=resume)
     return model, used, trainer
 
@@ -138,12 +164,218 @@ def test_low_precision(tmp_path: Path) -> None:
     assert "left_out" not in vars(model)["forward"].__qualname__
 
 
+class Stops(TrainerCallback):
+    """Does something at an event of the second step."""
+
+    def __init__(self, event: str, act) -> None:
+        def at(args, state, control, **kwargs) -> None:
+            if state.global_step == (2 if event == "on_step_end" else 1):
+                act(control, kwargs["model"])
+
+        setattr(self, event, at)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_step_end"])
+def test_an_error_leaves_the_models_own_forward(tmp_path: Path, event: str, bf16: bool) -> None:
+    model = language_model()
+
+    def fail(control, model) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, model=model, bf16=bf16, also=Stops(event, fail))
+    own = vars(model).get("forward")  # Accelerate's
+    assert "left_out" not in own.__qualname__ if bf16 else own is None
+    assert model(torch.zeros(2, 3, dtype=torch.int64))[0].shape == (2, 3, 20)
+
+
+def test_so_does_an_error_of_the_step(tmp_path: Path) -> None:
+    model = language_model()
+    with pytest.raises(TypeError, match="`meta`"):
+        fit(tmp_path, model=model, meta=[{}])
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_of_the_model_is_one(tmp_path: Path) -> None:
+    inputs, copies = torch.zeros(2, 3, dtype=torch.int64), []
+    fit(tmp_path, also=Stops("on_step_end", lambda _, model: copies.append(copy.deepcopy(model))))
+    for parameter in copies[0].parameters():
+        parameter.data.zero_()
+    assert not any(logits.any() for logits in copies[0](inputs))
+
+
+class Returning(nn.Module):
+    """The exits of a model in another form."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.model, self.form = language_model(), form
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        return self.form(self.model(input_ids, attention_mask))
+
+
+EVALUATED = {"label_names": ["labels"], "per_device_eval_batch_size": BATCH}
+
+
+class TestEvaluation:
+    """The plain loss, and the logits of every exit."""
+
+    def wanted(self, model: nn.Module, loss=exit_cross_entropy) -> tuple[float, list[Tensor]]:
+        """Over batches of equal size, as the Trainer takes its mean."""
+        losses, logits = [], []
+        with torch.no_grad():
+            for inputs, labels in map(pair, DataLoader(Tokens(3), BATCH)):
+                logits.append(model(**inputs))
+                found = loss(logits[-1], labels)
+                losses.append(found.losses[found.valid].mean(0).sum())
+        logits = [torch.cat(each) for each in zip(*logits, strict=True)]
+        return torch.stack(losses).mean().item(), logits
+
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_while_training(self, tmp_path: Path, bf16: bool) -> None:
+        seen = []
+
+        def compute_metrics(prediction) -> dict[str, float]:
+            seen.append(prediction)
+            counted = prediction.label_ids != -100
+            hits = [
+                (logits.argmax(-1) == prediction.label_ids)[counted].mean()
+                for logits in prediction.predictions
+            ]
+            return {f"accuracy_{k}": float(hit) for k, hit in enumerate(hits, start=1)}
+
+        model, used, trainer = fit(
+            tmp_path,
+            bf16=bf16,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            of_trainer={"eval_dataset": Tokens(3), "compute_metrics": compute_metrics},
+            **EVALUATED,
+        )
+        history = [each for each in trainer.state.log_history if "eval_loss" in each]
+        assert len(seen) == len(history) == NUM_STEPS
+        assert all({"eval_accuracy_1", "eval_accuracy_2"} <= set(each) for each in history)
+        best = min(each["eval_loss"] for each in history)
+        assert trainer.state.best_metric == best
+        found = trainer.predict(Tokens(3))
+        loss, logits = self.wanted(model)
+        tolerance = {"rtol": 0, "atol": 1e-2 if bf16 else 1e-6}  # the Trainer keeps float32 losses
+        torch.testing.assert_close(best, loss, **tolerance)
+        torch.testing.assert_close(found.metrics["test_loss"], loss, **tolerance)
+        assert len(found.predictions) == 2
+        for each, wanted in zip(found.predictions, logits, strict=True):
+            torch.testing.assert_close(torch.as_tensor(each), wanted.to(torch.as_tensor(each)))
+        if not bf16:  # training is what it is without
+            assert_same(used.reweighter, by_hand()[1].reweighter)
+
+    def test_before_training_with_the_steps_loss_and_exits(self, tmp_path: Path) -> None:
+        loss = partial(exit_cross_entropy, label_smoothing=0.5)
+        model = Returning(lambda exits: {"exits": tuple(exits), "other": exits[0][:, 0]})
+        _, _, trainer = trainer_of(
+            tmp_path,
+            model=model,
+            of_step={"loss": loss, "exits": lambda outputs: outputs["exits"]},
+            **EVALUATED,
+        )
+        found = trainer.predict(Tokens(3))
+        wanted, logits = self.wanted(model.model, loss)
+        torch.testing.assert_close(found.metrics["test_loss"], wanted, rtol=0, atol=1e-6)
+        for each, other in zip(found.predictions[0], logits, strict=True):
+            torch.testing.assert_close(torch.as_tensor(each), other)
+
+    def test_the_trainer_drops_the_first_of_what_is_no_list(self, tmp_path: Path) -> None:
+        _, _, trainer = trainer_of(tmp_path, model=Returning(tuple), **EVALUATED)
+        with pytest.warns(UserWarning, match="`model` must return a list of logits, got tuple"):
+            trainer.evaluate(Tokens(3))
+
+    def test_when_stopped_within_a_step(self, tmp_path: Path) -> None:
+        """The forward that was to be left out did not come."""
+
+        def stop(control, model) -> None:
+            control.should_training_stop = True
+
+        _, _, trainer = fit(
+            tmp_path,
+            accumulate=2,
+            batch=2,
+            also=Stops("on_substep_end", stop),
+            eval_strategy="epoch",
+            of_trainer={"eval_dataset": Tokens(3)},
+            **EVALUATED,
+        )
+        assert trainer.state.log_history[-2]["eval_loss"] > 0
+
+    def test_needs_the_names_of_the_labels(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"`label_names` .* must be \['labels'\]"):
+            fit(tmp_path, eval_strategy="steps", of_trainer={"eval_dataset": Tokens(3)})
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         fit(tmp_path, remove_unused_columns=True)
+    bare = [{"input_ids": torch.zeros(3, dtype=torch.int64)}] * 4
+    with pytest.raises(ValueError, match=r"must have `labels`, got .*input_ids=.*") as error:
+        fit(tmp_path, of_trainer={"train_dataset": bare})
+    assert "remove_unused_columns" not in str(error.value)
     once = iter(list(DataLoader(Tokens(2), BATCH))[:2])
     with pytest.raises(ValueError, match="`meta` must begin anew"):
         fit(tmp_path, meta=once)
+    with pytest.raises(ValueError, match=r"compute_loss_func=callback\.compute_loss too"):
+        fit(tmp_path, of_trainer={"compute_loss_func": None})
+    with pytest.raises(ValueError, match=r"callbacks=\[callback\] too"):
+        fit(tmp_path, of_trainer={"callbacks": []})
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` .*got 0\.1.*loss=partial"):
+        fit(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize(
+    ("meta", "got"),
+    [
+        (Tokens(2), r".*input_ids=torch.int64 \[6\]"),
+        ([{"input_ids": [1, 2], "labels": 3}], "input_ids: list, labels: int"),
+        ([(torch.zeros(4, 6), torch.zeros(4))], r".*2.*torch.float32 \[4, 6\]"),
+        ([{"input_ids": torch.zeros(4, 6)}], r".*input_ids=torch.float32 \[4, 6\]"),
+    ],
+    ids=["dataset", "rows", "pairs", "no labels"],
+)
+def test_meta_batches_are_like_the_trainers(tmp_path: Path, meta, got: str) -> None:
+    with pytest.raises(TypeError, match=f"`meta` must yield .*`labels` of 2 dimensions, got {got}"):
+        fit(tmp_path, meta=meta)
+
+
+def test_arguments_are_checked_at_once() -> None:
+    with pytest.raises(TypeError, match=r"`reweighter` must be .*the class SampleReweighter"):
+        MetaReweight(SampleReweighter, [])
+    with pytest.raises(TypeError, match="'intervall'"):
+        MetaReweight(reweighter(), [], intervall=10)
+    with pytest.raises(TypeError, match=r"multiple values .*'clip_grad_norm'"):
+        MetaReweight(reweighter(), [], clip_grad_norm=1.0)
+
+
+def test_options_reach_the_step(tmp_path: Path) -> None:
+    """What the Trainer adds to the inputs is not a part of the batch, whose rows are drawn."""
+    own = reweighter()
+    optimizer = torch.optim.Adam(own.parameters(), lr=1e-2)
+    before = copy.deepcopy(own.state_dict())
+    used = MetaReweight(
+        own,
+        DataLoader(Tokens(2), BATCH),
+        train_fraction=0.5,
+        interval=2,
+        reweighter_optimizer=optimizer,
+    )
+    given = {"callbacks": [used], "compute_loss_func": used.compute_loss}
+    _, _, trainer = trainer_of(tmp_path, of_trainer=given)
+    trainer.train()
+    assert used.step.reweighter_optimizer is optimizer
+    steps = [int(state["step"]) for state in optimizer.state.values()]
+    assert set(steps) == {NUM_STEPS // 2}
+    assert not any(map(torch.equal, before.values(), own.state_dict().values()))
 
 
 def test_resumes(tmp_path: Path) -> None:
@@ -207,6 +439,19 @@ class TestHiddenStateExits:
         )
         wanted = exit_cross_entropy(model(**inputs), labels)
         torch.testing.assert_close(found.losses, wanted.losses)
+
+    def test_checkpoints_activations_as_its_backbone_does(self, tmp_path: Path) -> None:
+        trained = []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
+            model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
+            settings = {"activation_checkpointing": True} if checkpointing else {}
+            fit(tmp_path, model=model, **settings)
+            flags = [layer.gradient_checkpointing for layer in encoder.encoder.layer]
+            assert flags == [checkpointing] * 2
+            trained.append(model)
+        assert_same(*trained)
 
     def test_heads_are_as_many_as_layers(self) -> None:
         with pytest.raises(ValueError, match="one for each of `layers`"):

@@ -191,7 +191,8 @@ def test_the_module_gets_its_methods_back() -> None:
     fit(module, callback())
     assert module.training_step == own
     assert "backward" not in vars(module)
-    with pytest.raises(ValueError, match=r"A batch must be a pair \(train, meta\).*CombinedLoader"):
+    got = r"got .*2.* torch.float32 \[8, 6\] on cpu, torch.int64 \[8\] on cpu\."
+    with pytest.raises(ValueError, match=rf"must be a pair \(train, meta\).*{got}.*CombinedLoader"):
         Trainer(max_steps=1, callbacks=[callback()], **QUIET).fit(module, loader().iterables[0])
     assert module.training_step == own
     module.training_step = lambda batch, batch_idx: own(batch, batch_idx)  # on the object
@@ -233,6 +234,21 @@ def test_what_cannot_work_says_so() -> None:
         fit(manual, callback())
     with pytest.raises(TypeError, match="`scaler` must be left to the Trainer"):
         callback(scaler=None)
+    with pytest.raises(TypeError, match=r"`reweighter` must be .*the class SampleReweighter"):
+        MetaReweight(SampleReweighter)
+    with pytest.raises(TypeError, match="'intervall'"):
+        callback(intervall=10)
+
+
+def test_the_reweighters_optimizer_can_be_given() -> None:
+    reweighter = SampleReweighter(num_exits=2)
+    optimizer = torch.optim.Adam(reweighter.parameters(), lr=1e-2)
+    used = MetaReweight(reweighter, interval=2, reweighter_optimizer=optimizer)
+    before = {name: value.clone() for name, value in reweighter.state_dict().items()}
+    fit(Exits(), used)
+    assert used.step.reweighter_optimizer is optimizer
+    assert {int(state["step"]) for state in optimizer.state.values()} == {NUM_STEPS // 2}
+    assert not any(map(torch.equal, before.values(), reweighter.state_dict().values()))
 
 
 class Joined(Exits):

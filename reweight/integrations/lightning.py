@@ -1,10 +1,13 @@
 """A Lightning callback that trains with :class:`reweight.MetaReweightStep`."""
 
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
+from reweight.batches import describe
+from reweight.checks import kind
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
@@ -31,7 +34,7 @@ class MetaReweight(Callback):
             ``clip_grad_norm`` and ``scaler``.
 
     Raises:
-        TypeError: an option is not one.
+        TypeError: the reweighter is no module, or an option is not one.
         ValueError: the module optimizes manually, the Trainer clips gradients by value, or a batch
             is no pair (train, meta) where one is needed: accumulating, with ``lagged=True`` too.
 
@@ -42,9 +45,15 @@ class MetaReweight(Callback):
     """
 
     def __init__(self, reweighter: SampleReweighter, **options: Any) -> None:
+        if not isinstance(reweighter, nn.Module):
+            raise TypeError(
+                "`reweighter` must be a module such as SampleReweighter(num_exits=3), got "
+                f"{kind(reweighter)}."
+            )
         for name in ("clip_grad_norm", "scaler"):
             if name in options:
                 raise TypeError(f"`{name}` must be left to the Trainer, got one in `options`.")
+        signature(MetaReweightStep).bind(None, None, reweighter, **options)  # or raises TypeError
         self.reweighter, self.options = reweighter, options
         self.step: MetaReweightStep | None = None
         self._loaded: dict[str, Any] | None = None
@@ -78,9 +87,9 @@ class MetaReweight(Callback):
             train, meta = batch if _is_pair(batch) and all(map(_is_pair, batch)) else (batch, None)
             if meta is None and not (step.lagged and trainer.accumulate_grad_batches == 1):
                 raise ValueError(
-                    "A batch must be a pair (train, meta), each (inputs, target), got something "
-                    "else: give the Trainer CombinedLoader([train_loader, meta_loader], "
-                    "'max_size_cycle'), or set lagged=True and accumulate nothing."
+                    "A batch must be a pair (train, meta), each (inputs, target), got "
+                    f"{describe(batch)}. Give the Trainer CombinedLoader([train_loader, "
+                    "meta_loader], 'max_size_cycle'), or set lagged=True and accumulate nothing."
                 )
             current.update(train=train, meta=meta)
             return next(pl_module.parameters()).new_zeros(())
