@@ -9,10 +9,8 @@ conventional training with seeds that had no part in the choice. One row of CSV 
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -20,11 +18,8 @@ from torch import Tensor, nn
 
 from arms import STRENGTH, Arm
 from evidence import EXPERIMENTS, Run, append, read
-from report import paired
+from report import CONVENTIONAL, HEADROOM, ROUNDS
 from reweight import ExitLosses
-
-RESULTS = Path(__file__).parent / "results" / "headroom.csv"
-CONVENTIONAL = 0  # the candidate whose weights are 1
 
 
 class FixedWeighting(nn.Module):
@@ -48,55 +43,48 @@ class FixedWeighting(nn.Module):
         return 1 + STRENGTH * (bounded - bounded.mean(1, keepdim=True))
 
 
-def budgeted(experiment: str, candidate: int, seed: int, progress: Progress) -> float:
+def budgeted(path: Path, experiment: str, candidate: int, seed: int, progress: Progress) -> float:
     """The test accuracy within a budget of one training, from the file if it is there."""
-    for row in read(RESULTS):
-        if (row["experiment"], row["candidate"], row["seed"]) == (
-            experiment,
-            str(candidate),
-            str(seed),
-        ):
+    key = {"experiment": experiment, "candidate": str(candidate), "seed": str(seed)}
+    for row in read(path):
+        if row.items() >= key.items():
             return float(row["budgeted"])
     arm = Arm() if candidate == CONVENTIONAL else Arm(lambda k, _: FixedWeighting(k, candidate))
-    title = f"{experiment}, candidate {candidate}, seed {seed}"
-    row = Run(EXPERIMENTS[experiment], arm, seed)(progress, title)
-    columns = ("budgeted", "area", "exit 1", "exit 5", "moved")
-    kept = {name: row[name][-1] if name == "moved" else row[name] for name in columns}
-    append(RESULTS, {"experiment": experiment, "candidate": candidate, "seed": seed} | kept)
+    setting = EXPERIMENTS[experiment]
+    row = Run(setting, arm, seed)(progress, f"candidate {candidate}, seed {seed}")
+    columns = ("budgeted", "area", "exit 1", f"exit {setting.num_exits}")
+    append(path, key | {name: row[name] for name in columns} | {"moved": row["moved"][-1]})
     return float(row["budgeted"])
 
 
-def search(experiment: str, rounds: Sequence[Sequence[int]], progress: Progress) -> None:
-    """Halve the field round by round, then judge the best with fresh seeds."""
-    field, scores, seed = list(range(1, rounds[0][0] + 1)), dict[int, list[float]](), 0
-    for num_kept, num_seeds in rounds:
-        field = sorted(field, key=lambda candidate: -float(np.mean(scores.get(candidate, 0))))
-        field = field[:num_kept]
-        fresh = range(seed, seed + num_seeds)
-        seed += num_seeds
-        base = [budgeted(experiment, CONVENTIONAL, each, progress) for each in fresh]
+def search(path: Path, experiment: str, num_candidates: int, progress: Progress) -> None:
+    """Keep the best quarter, then the best three, then judge those with fresh seeds."""
+    field = list(range(1, num_candidates + 1))
+    scores: dict[int, list[float]] = {candidate: [] for candidate in field}
+    for num_kept, seeds in zip((num_candidates, num_candidates // 4, 3), ROUNDS, strict=True):
+        field = sorted(field, key=lambda candidate: -sum(scores[candidate]))[:num_kept]
+        base = [budgeted(path, experiment, CONVENTIONAL, seed, progress) for seed in seeds]
         for candidate in field:
-            found = [budgeted(experiment, candidate, each, progress) for each in fresh]
-            scores[candidate] = scores.get(candidate, []) + found
-            mean, reach = paired(found, base)
+            found = [budgeted(path, experiment, candidate, seed, progress) for seed in seeds]
+            scores[candidate] += found
+            mean = sum(found) / len(found) - sum(base) / len(base)
             progress.console.print(
-                f"{experiment}, candidate {candidate}, seeds {fresh.start} to {seed - 1}: "
-                f"{mean:+.2f} ± {reach:.2f} to conventional training",
+                f"{experiment}, candidate {candidate}, seeds {[*seeds]}: {mean:+.2f}",
                 highlight=False,
             )
 
 
-def main() -> None:
-    """Search one experiment."""
+def main(arguments: list[str] | None = None) -> None:
+    """Search one experiment; ``benchmarks/report.py`` makes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", choices=EXPERIMENTS, required=True)
     parser.add_argument("--candidates", type=int, default=48)
-    settings = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=HEADROOM)
+    settings = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console()
-    rounds = [(settings.candidates, 1), (settings.candidates // 4, 2), (3, 5)]
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        search(settings.experiment, rounds, progress)
+        search(settings.results, settings.experiment, settings.candidates, progress)
 
 
 if __name__ == "__main__":

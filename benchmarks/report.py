@@ -22,6 +22,9 @@ from scipy import stats
 from arms import ARMS
 from evidence import RESULTS, read
 
+HEADROOM = RESULTS.parent / "headroom.csv"
+ROUNDS = (range(1), range(1, 3), range(3, 8))  # the seeds by which fixed weightings are chosen
+CONVENTIONAL = 0  # the one of them whose weights are 1
 DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, str]
 Rows = dict[str, dict[int, Row]]  # by arm and seed
@@ -274,6 +277,29 @@ def finish(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
+def headroom(path: Path) -> str:
+    """One line for each experiment: how fixed weightings do, and what the best come to."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for row in read(path):
+        candidates = found.setdefault(row["experiment"], {})
+        seeds = candidates.setdefault(int(row["candidate"]), {})
+        seeds[int(row["seed"])] = float(row["budgeted"])
+    lines = ["| experiment | weightings | better with seed 0 | best with seed 0 | the three best |"]
+    lines.append("| --- | --: | --: | --: | --- |")
+    for experiment, candidates in found.items():
+        base = candidates.pop(CONVENTIONAL)
+        first = [seeds[0] - base[0] for seeds in candidates.values()]
+        last = []
+        for seeds in candidates.values():
+            if set(ROUNDS[-1]) <= set(seeds):
+                values = ([of[seed] for seed in ROUNDS[-1]] for of in (seeds, base))
+                last.append("{:+.2f} ± {:.2f}".format(*paired(*values)))
+        better = sum(difference > 0 for difference in first)
+        cells = [experiment, str(len(first)), str(better), f"{max(first):+.2f}", ", ".join(last)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, block: str) -> str:
     """The text with a new block between its markers, at the end if there are none."""
     begin, end = f"<!-- {name} -->", "<!-- end -->"
@@ -288,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Write tables and pictures of every experiment that has rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--headroom", type=Path, default=HEADROOM)
     parser.add_argument("--docs", type=Path, default=DOCS)
     settings = parser.parse_args(arguments)
     page = settings.docs / "results.md"
@@ -310,6 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
             plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)
             blocks.append(f"![{name}, {kind}](results/{name}-{kind}.png)")
         text = fill(text, name, "\n\n".join(blocks))
+    if settings.headroom.exists():
+        text = fill(text, "headroom", headroom(settings.headroom))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)
 

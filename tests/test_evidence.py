@@ -10,6 +10,7 @@ from scipy import stats
 
 import arms
 import evidence
+import headroom
 import report
 from reweight import ExitLosses, exit_cross_entropy
 
@@ -236,6 +237,46 @@ def test_again_is_bitwise_the_same() -> None:
         one, two = (evidence.run(TINY, "published", 5, progress) for _ in range(2))
     del one["seconds"], two["seconds"]
     assert repr(one) == repr(two)  # text, for not a number is not itself
+
+
+def test_fixed_weightings_are_drawn_once_and_weigh_by_loss(exit_losses: ExitLosses) -> None:
+    one, again, other = (headroom.FixedWeighting(3, number) for number in (1, 1, 2))
+    weights = one(exit_losses)
+    torch.testing.assert_close(weights.mean(1), torch.ones(40))
+    assert torch.equal(weights, again(exit_losses))
+    assert not torch.equal(weights, other(exit_losses))
+    # Of the order and the spread of the logarithms alone, so not of the scale of the losses.
+    scaled = exit_losses._replace(losses=1e3 * exit_losses.losses + 0.0999)
+    torch.testing.assert_close(weights, one(scaled), rtol=0, atol=1e-3)
+    assert weights.amin() >= 1 - 2 * arms.STRENGTH
+
+
+def test_headroom_chooses_by_the_outcome_and_judges_with_fresh_seeds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", TINY)
+    path, counts = tmp_path / "headroom.csv", []
+    for _ in range(2):
+        arguments = ["--experiment", "tiny", "--candidates", "16", "--results", str(path)]
+        headroom.main(arguments)
+        counts.append(path.read_text().count("\n"))
+    assert counts[0] == counts[1] == 1 + 17 + 5 * 2 + 4 * 5  # a header, and three rounds
+    with path.open(newline="") as file:
+        rows = [
+            {name: float(row[name]) for name in ("candidate", "seed", "budgeted")}
+            for row in csv.DictReader(file)
+        ]
+    scores = {
+        number: [row["budgeted"] for row in rows if row["candidate"] == number and row["seed"] < 3]
+        for number in range(1, 17)
+    }
+    best = sorted((n for n in scores if len(scores[n]) == 3), key=lambda n: -sum(scores[n]))[:3]
+    assert {row["candidate"] for row in rows if row["seed"] > 2} == {0, *best}
+    base, found = (
+        [row["budgeted"] for row in rows if row["candidate"] == n and row["seed"] > 2]
+        for n in (0, best[0])
+    )
+    line = report.headroom(path).splitlines()[-1]
+    assert "{:+.2f} ± {:.2f}".format(*report.paired(found, base)) in line
+    assert line.startswith("| tiny | 16 | ")
 
 
 def test_paired_interval_is_students() -> None:
