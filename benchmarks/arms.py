@@ -451,4 +451,7 @@ ARMS: dict[str, Arm] = {
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),
     "greedy, test as meta": Arm(greedy, learned=True, lr=None, meta="test"),
+    "greedy, test as meta, mean objective": Arm(
+        greedy, learned=True, lr=None, meta="test", options={"objective": MeanObjective()}
+    ),
 }

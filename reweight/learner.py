@@ -53,7 +53,7 @@ class ReweighterLearner:
                 "the plain module: the step adds up its gradient over the ranks."
             )
         self.reweighter = reweighter
-        self.optimizer = _optimizer_for(reweighter, optimizer)
+        self.optimizer = _optimizer_for(reweighter, optimizer, interval)
         self.interval, self.clip_hypergradient = interval, clip_hypergradient
         self.num_skipped = torch.zeros((), dtype=torch.int64)
         self.num_calls = 0  # of the step: what its interval counts
@@ -250,8 +250,13 @@ def _options(state_dict: dict[str, Any] | None) -> list[list[str]] | None:
     return None if state_dict is None else [sorted(g) for g in state_dict["param_groups"]]
 
 
-def _optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimizer | None:
+def _optimizer_for(
+    reweighter: nn.Module, optimizer: Optimizer | None, interval: int
+) -> Optimizer | None:
     """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
+
+    The sigmoid form's learning rate, published for an update at every step, grows with the interval,
+    so that as much is learned: at a tenth of the updates, ten times the rate was needed, and enough.
 
     Raises:
         TypeError: it is no optimizer.
@@ -259,7 +264,8 @@ def _optimizer_for(reweighter: nn.Module, optimizer: Optimizer | None) -> Optimi
     """
     own = {id(parameter) for parameter in reweighter.parameters()}
     if optimizer is None:
-        lr = 1e-3 if getattr(reweighter, "form", None) == "sigmoid" else 1e-4
+        sigmoid = getattr(reweighter, "form", None) == "sigmoid"
+        lr = 1e-3 * min(interval, 10) if sigmoid else 1e-4
         return Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4) if own else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(

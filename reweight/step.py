@@ -51,8 +51,8 @@ class MetaReweightStep:
             parameters; groups, learning rates and state are read at every step and never changed.
             A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
-        reweighter_optimizer: moves the reweighter. Default, as published: Adam with weight decay
-            1e-4 and learning rate 1e-4, or 1e-3 for the sigmoid form.
+        reweighter_optimizer: moves the reweighter. Default, as published: Adam, weight decay 1e-4,
+            learning rate 1e-4; for the sigmoid form 1e-3 times the interval, up to 1e-2.
         objective: the meta loss. Default ``BudgetedObjective()``.
         interval: update the reweighter at every interval-th call of ``backward``, accumulating
             ones too, beginning with the first. Default 1 (published: 1 CIFAR, 100 ImageNet).
@@ -119,12 +119,11 @@ class MetaReweightStep:
         if estimator == "unrolled" and (lagged or train_fraction < 1):
             raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
         self._inner, self._group = unwrap(model)
-        self.model, self.reweighter = model, reweighter
+        self.model, self.reweighter, self.lean, self.lagged = model, reweighter, lean, lagged
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
         own = reweighter_optimizer, interval, clip_hypergradient
         self._learner = ReweighterLearner(reweighter, *own)
         self.reweighter_optimizer = self._learner.optimizer
-        self.lean, self.lagged = lean, lagged
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
         self._forward = ExitForward(model, self._inner, exits, loss, compiled)
