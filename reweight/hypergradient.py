@@ -17,13 +17,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from reweight.distributed import sums_over_ranks
+from reweight.distributed import num_ranks, sums_over_ranks
 from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
 from reweight.optimizers import Parameters
-from reweight.problem import MetaProblem, leaves
-from reweight.shards import whole
+from reweight.problem import MetaProblem, _dense, leaves
+from reweight.shards import is_sharded, whole
 
 _logger = logging.getLogger("reweight")
 
@@ -102,8 +102,17 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     return Hypergradient(value, meta_loss, update.num_zero_moments)
 
 
-def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]:
-    """V = (∂U/∂gradient)ᵀ c by name, and what it was computed from."""
+class _Direction(NamedTuple):
+    """v by name, and what came with it, the gradient that it is a cotangent of first."""
+
+    gradients: Parameters
+    tangents: Parameters
+    meta_loss: MetaLoss
+    num_zero_moments: Tensor | int
+
+
+def _direction(problem: MetaProblem) -> _Direction:
+    """V = (∂U/∂gradient)ᵀ c."""
     gradients, update = problem.look_ahead()
 
     def cotangent(meta_loss: MetaLoss, updated: Parameters) -> tuple[Tensor, ...]:
@@ -123,7 +132,52 @@ def _tangents(problem: MetaProblem) -> tuple[Parameters, MetaLoss, Tensor | int]
         # A step that waited to be judged goes on waiting if this call fails further on.
         retain_graph=problem.ahead is not None,
     )
-    return dict(zip(gradients, tangents, strict=True)), meta_loss, update.num_zero_moments
+    named = dict(zip(gradients, tangents, strict=True))
+    return _Direction(gradients, named, meta_loss, update.num_zero_moments)
+
+
+@torch.no_grad()
+def _through_hooks(parameter: Tensor, tangent: Tensor) -> Tensor:
+    """Back through the hooks that change the parameter's gradient before it reaches U.
+
+    They are taken as linear and symmetric, which masks, factors and projections are: so each is its
+    own transpose. Those of a sharded parameter are not called in a backward either.
+    """
+    hooks = parameter._backward_hooks
+    if not hooks or is_sharded(parameter):
+        return tangent
+    for hook in hooks.values():
+        tangent = tangent.clone()  # it may be changed in place
+        result = hook(tangent)
+        tangent = tangent if result is None else result
+    return tangent
+
+
+def _warn_unless_consistent(problem: MetaProblem, direction: _Direction, value: Tensor) -> None:
+    """⟨v, ∇L_tr⟩ is known twice, as Σ w·∂L_meta/∂w and from the gradient that the backward gave.
+
+    A difference is what forward mode does not see of the backward, or of the hooks; the rounding of
+    either is far below the cubic root of the precision.
+    """
+    terms = problem.weights * value
+    by_backward = sum(
+        whole((tangent * direction.gradients[name].detach()).sum())
+        for name, tangent in direction.tangents.items()
+    )
+    difference = float((terms.sum() - by_backward).abs() / terms.abs().sum())
+    if difference <= problem.precision ** (1 / 3):
+        return
+    watch = DifferenceWatch()  # there may be autocast inside the model
+    problem.replay({}, {}, watch)
+    if difference > watch.precision ** (1 / 3):
+        warnings.warn(
+            "Hypergradients are approximate: the backward of the model is not the derivative of "
+            f"its forward, by {difference:.1%} of what the weights do. Does a hook of a module or "
+            "an activation change gradients, or one of a parameter other than by a mask or factor, "
+            "or a custom autograd.Function, or does the forward differ when it is run again? "
+            "Write a scaled gradient as x*s + (x*(1-s)).detach(), or use estimator='unrolled'.",
+            stacklevel=2,
+        )
 
 
 def _grad(
@@ -133,21 +187,35 @@ def _grad(
     gradients = torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph, allow_unused=True, materialize_grads=True
     )
-    return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
+    return tuple(map(_dense, gradients))
 
+
+_FUNCTION_ADVICE = (
+    " They are wrong if its backward is not its derivative, as where gradients are scaled or "
+    "reversed: write that as x*s + (x*(1-s)).detach(), or give it a jvp, or use "
+    "estimator='unrolled'."
+)
 
 ESTIMATORS = ("auto", "forward", "finite_difference", "unrolled")
 
 
-def estimate(estimator: str, problem: MetaProblem) -> tuple[Hypergradient, str]:
+def estimate(
+    estimator: str, problem: MetaProblem, *, check: bool = False
+) -> tuple[Hypergradient, str]:
     """The hypergradient, and which estimator to use from now on.
 
     "auto" is forward mode, until PyTorch says that an operation of the model has none: from then on
-    it is finite differences, and the log says which operation decided.
+    it is finite differences, and the log says which operation decided. On demand it is checked that
+    forward mode and backward agree, which takes all rows, no accumulated gradients, and a wait;
+    of several ranks none is checked, since it would take them to send something.
     """
     if estimator == "unrolled":
         return unrolled(problem), estimator
-    tangents, meta_loss, num_zero_moments = _tangents(problem)
+    direction = _direction(problem)
+    tangents = {
+        name: _through_hooks(problem.everything[name], tangent)
+        for name, tangent in direction.tangents.items()
+    }
     if estimator != "finite_difference":
         try:
             product = dual_product(problem, tangents)
@@ -162,11 +230,14 @@ def estimate(estimator: str, problem: MetaProblem) -> tuple[Hypergradient, str]:
                 ) from error
             _logger.warning(
                 "Finite differences instead of forward mode, so hypergradients are approximate "
-                "from here on: %s",
+                "from here on: %s%s",
                 str(error).splitlines()[0],
+                _FUNCTION_ADVICE if "custom autograd.Function" in str(error) else "",
             )
             estimator = "finite_difference"
     if estimator == "finite_difference":
         product = difference_product(problem, tangents)
     value = (problem.sample_shares * problem.spread(product)).detach()
-    return Hypergradient(value, meta_loss, num_zero_moments), estimator
+    if check and estimator != "finite_difference" and num_ranks() == 1:
+        _warn_unless_consistent(problem, direction, value)
+    return Hypergradient(value, direction.meta_loss, direction.num_zero_moments), estimator

@@ -255,8 +255,8 @@ def _optimizer_for(
 ) -> Optimizer | None:
     """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
 
-    The sigmoid form's learning rate, published for an update at every step, grows with the interval,
-    so that as much is learned: at a tenth of the updates, ten times the rate was needed, and enough.
+    The sigmoid form's learning rate, published for an update at every step, grows with the
+    interval: with a tenth of the updates, ten times the rate was needed, and enough.
 
     Raises:
         TypeError: it is no optimizer.

@@ -43,6 +43,7 @@ class Lookahead:
     moves: Callable[[str], bool] | None
     waiting: FirstForward | None = field(default=None, init=False)
     """The step that the next train batch will judge, as :meth:`postponed` made it."""
+    _is_checked: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_choice("estimator", self.estimator, ESTIMATORS)
@@ -95,7 +96,10 @@ class Lookahead:
         require_reduced(self.model)
         rows = drawn_rows(first.batch, self.train_fraction, seed)
         problem = self._problem(first, meta, weights, rows)
-        hypergradient, self.estimator = estimate(self.estimator, problem)
+        # Once, where both ways to the same number are there, it is made sure that they agree.
+        check = not (self._is_checked or first.accumulated) and rows is None
+        hypergradient, self.estimator = estimate(self.estimator, problem, check=check)
+        self._is_checked = self._is_checked or check
         return hypergradient
 
     def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:

@@ -463,7 +463,7 @@ def a_fraction_of_the_rows_is_unbiased(group: Any) -> None:
         drawn = torch.randperm(4, generator=torch.Generator().manual_seed(seed))[0].item()
         if drawn not in by_row:
             step = make_step(group, train_fraction=0.25)
-            step._learner.num_calls = seed
+            step._learner.num_updates = seed
             by_row[drawn] = change(step)
     mean = torch.stack(list(by_row.values())).mean(0)
     torch.testing.assert_close(mean, change(make_step(group)), rtol=1e-9, atol=1e-12)

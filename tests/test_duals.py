@@ -5,6 +5,7 @@ import random
 from contextlib import nullcontext
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from cases import EXITS, MODELS, OPTIMIZERS, make_batch, make_model, warm_up
-from reweight import MeanObjective, MetaReweightStep, SampleReweighter, forwards, values
+from cases import EXITS, MODELS, OPTIMIZERS, MultiExit, make_batch, make_model, warm_up
+from reweight import MeanObjective, MetaReweightStep, SampleReweighter, duals, forwards, values
 from reweight.duals import tangents_follow_gradients
 from reweight.kernels import function
 from reweight.values import Values
@@ -122,11 +123,27 @@ class Layer(nn.Module):
         if self.how == "another draw":
             x = x * self.noise.random()
         y = self.conv(x)
-        if self.how == "output changed":
-            y.relu_()
-        if self.how == "view of the output changed":
-            y[0].mul_(2)
-        return [self.head(y.sin().mean((2, 3)))]  # whose graph holds y
+        change = CHANGES.get(self.how)
+        if change is not None:
+            change(y)
+        z = y.sin()  # whose graph holds y
+        if self.how == "output changed in the forward-mode pass" and not y.requires_grad:
+            y.mul_(2)
+        return [self.head(z.mean((2, 3)))]
+
+
+def replace_data(y: Tensor) -> None:
+    y.data = y.detach() * 2
+
+
+CHANGES = {
+    "output changed": lambda y: y.relu_(),
+    "view of the output changed": lambda y: y[0].mul_(2),
+    "data changed": lambda y: y.data.mul_(2),
+    "data of a view changed": lambda y: y[0].data.mul_(2),
+    "data replaced": replace_data,
+    "array changed": lambda y: np.multiply(y.detach().numpy(), 2, out=y.detach().numpy()),
+}
 
 
 @pytest.mark.parametrize(
@@ -134,8 +151,8 @@ class Layer(nn.Module):
     [
         ("nothing", True),
         ("another draw", False),
-        ("output changed", False),
-        ("view of the output changed", False),
+        *((change, False) for change in CHANGES),
+        ("output changed in the forward-mode pass", True),
     ],
 )
 def test_a_stale_value_is_not_recalled(how: str, expected: bool, recalled, monkeypatch) -> None:
@@ -187,6 +204,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 4, 6)
 RULES = {
     "linear": (F.linear, [(2, 3, 4), (5, 4), (5,)]),
+    "linear, one output": (lambda x, w, b: F.linear(x, w) + b, [(2, 3, 4), (4,), (2, 3)]),
     "conv1d": (torch.conv1d, [(2, 4, 6), (5, 4, 3), (5,)]),
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), [IMAGE, (6, 2, 3, 3), (6,)]),
     "conv_transpose2d": (F.conv_transpose2d, [IMAGE, (4, 2, 3, 3), (2,)]),
@@ -219,6 +237,78 @@ def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch
             ours = run()
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # rounding
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm", "nn.TransformerEncoderLayer, fused"])
+def test_models_get_the_rules(name: str, monkeypatch) -> None:
+    found: list[bool] = []
+
+    def observed(rule):
+        def run(*args, **kwargs):
+            result = rule(*args, **kwargs)
+            found.append(result is not None)
+            return result
+
+        return run
+
+    monkeypatch.setattr(duals, "_RULES", {f: observed(rule) for f, rule in duals._RULES.items()})
+    model, _, train, meta = set_up(ROWS[name])
+    outcome(model, train, meta)
+    assert found
+    assert all(found)
+
+
+class InnerGradient(nn.Module):
+    """Takes a gradient in its forward, as energy models and gradient penalties do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        energy = self.inner(x).tanh().pow(2).sum()
+        return [self.head(torch.autograd.grad(energy, x, create_graph=True)[0].mean(1))]
+
+
+class OwnAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Identity, lambda: nn.LayerNorm(6), lambda: nn.BatchNorm1d(4), OwnAttention],
+    ids=["linear", "LayerNorm", "BatchNorm", "attention"],
+)
+def test_gradients_within_the_forward_have_tangents(layer, recalled) -> None:
+    torch.manual_seed(0)
+    model = InnerGradient(nn.Sequential(nn.Linear(6, 6), layer())).double()
+    train, meta = (
+        (torch.randn(8, 4, 6, dtype=torch.float64), torch.randint(4, (8,))) for _ in range(2)
+    )
+    found, expected = (
+        outcome(model, train, meta, estimator=estimator) for estimator in ("forward", "unrolled")
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)  # rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_two_precisions(dtype, recalled) -> None:
+    """As autocast makes them: the input is in low precision, the weight is not."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6)
+    model = MultiExit([nn.Sequential(nn.Linear(6, 6), *norms)], [nn.Linear(6, 4)])
+    train, meta = ((torch.randn(8, 6), torch.randint(4, (8,))) for _ in range(2))
+    with torch.autocast("cpu", dtype):
+        found, expected = (
+            outcome(model, train, meta, estimator=estimator)
+            for estimator in ("forward", "unrolled")
+        )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)  # of 8 bits
 
 
 @pytest.mark.parametrize("num_exits", EXITS.values(), ids=EXITS.keys())

@@ -6,6 +6,7 @@ differences around a real step of the real optimizer.
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import NUM_CLASSES, Fixed, MultiExit, Recurrent, conventional_loss, warm_up
 from references import meta_objective
-from reweight import MeanObjective, MetaReweightStep
+from reweight import MeanObjective, MetaReweightStep, lookahead
+from reweight.hypergradient import estimate
 
 WIDTH, TOKENS = 6, 4
 EXACT, DIFFERENCES, REFUSED = "exactly", "by finite differences", "refused"
@@ -470,6 +472,103 @@ def test_auto_falls_back_when_the_operation_comes_late(caplog) -> None:
     result = step.backward(train, meta)
     assert step.estimator == "finite_difference"
     assert result.meta_loss is not None
+
+
+def test_the_fallback_says_what_it_makes_of_a_backward_of_ones_own(caplog) -> None:
+    for name, expected in (("autograd.Function without jvp", True), ("weight_norm", False)):
+        model, optimizer, train, meta = set_up(ROWS[name])
+        caplog.clear()
+        MetaReweightStep(model, optimizer, Fixed(torch.rand(8, 2).double())).backward(train, meta)
+        assert "Finite differences instead" in caplog.text
+        assert ("wrong if its backward is not its derivative" in caplog.text) == expected
+
+
+def mask_in_place(gradient: Tensor) -> None:
+    gradient[::2] = 0
+
+
+def projected(gradient: Tensor) -> Tensor:
+    return gradient - gradient.mean(0)
+
+
+HOOKS = {
+    "mask": lambda gradient: gradient * (torch.arange(gradient.shape[0]) % 2).unsqueeze(1),
+    "mask in place": mask_in_place,
+    "factor": lambda gradient: gradient * 0.1,
+    "projection": projected,
+    "nothing": lambda gradient: None,
+}
+
+
+def hypergradient(build, **options) -> Tensor:
+    torch.manual_seed(0)
+    model = build().double()
+    train, meta = batch("features", seed=1), batch("features", seed=2)
+    weights = torch.linspace(0.5, 1.5, 16).double().view(8, 2)
+    fixed = Fixed(weights)
+    step = MetaReweightStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        fixed,
+        reweighter_optimizer=SGD(fixed.parameters(), lr=1.0),
+        objective=MeanObjective(),
+        **options,
+    )
+    step.backward(train, meta)
+    return weights - fixed.weights.detach()
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lagged": True}, {"lean": True}, {"estimator": "finite_difference"}],
+    ids=["forward", "lagged", "lean", "finite_difference"],
+)
+def test_hooks_of_parameters_are_part_of_the_step(hook, options, monkeypatch) -> None:
+    monkeypatch.setattr(lookahead, "estimate", partial(estimate, check=True))
+
+    def build() -> nn.Module:
+        model = net(linear(), linear())
+        model.blocks[0][0].weight.register_hook(hook)
+        model.exits[1].head.weight.register_hook(hook)
+        return model
+
+    expected = hypergradient(build, estimator="unrolled")
+    tolerance = 1e-4 if "estimator" in options else 1e-10  # of differences; of rounding
+    torch.testing.assert_close(
+        hypergradient(build, **options), expected, rtol=tolerance, atol=tolerance * 1e-2
+    )
+
+
+def hooked(how: str) -> nn.Module:
+    model = net(linear(), linear())
+    if how == "nonlinear hook of a parameter":
+        model.blocks[0][0].weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    if how == "hook of a module":
+        model.blocks[1].register_full_backward_hook(lambda module, ins, outs: (ins[0] / 9,))
+    if how == "hook that looks":
+        model.blocks[1].register_full_backward_hook(lambda module, ins, outs: None)
+    if how == "low precision inside":
+        model.blocks[1].append(Calls(lambda x: x.bfloat16().double()).double())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("nonlinear hook of a parameter", True),
+        ("hook of a module", True),
+        ("hook that looks", False),
+        ("low precision inside", False),
+    ],
+)
+def test_a_backward_that_is_no_derivative_is_told(how: str, expected: bool, monkeypatch) -> None:
+    monkeypatch.setattr(lookahead, "estimate", partial(estimate, check=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hypergradient(lambda: hooked(how))
+    told = ["backward of the model is not the derivative" in str(one.message) for one in caught]
+    assert told == [True] * expected
 
 
 def test_asking_for_forward_mode_where_there_is_none_says_what_to_do() -> None:

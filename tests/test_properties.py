@@ -58,8 +58,9 @@ def test_thresholds_never_pass_a_quota_but_for_a_tie(confidence, power) -> None:
 )
 def test_weights_average_one_whatever_the_losses(losses, form, average_over, strength) -> None:
     losses = torch.from_numpy(losses)
+    options = {"strength": strength} if form == "tanh" else {}
     reweighter = SampleReweighter(
-        losses.shape[1], form=form, average_over=average_over, strength=strength, num_hidden=3
+        losses.shape[1], form=form, average_over=average_over, num_hidden=3, **options
     ).double()
     weights = reweighter(ExitLosses(losses))
     means = weights.mean({"exits": 1, "samples": 0, "both": (0, 1)}[average_over])
