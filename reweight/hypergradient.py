@@ -22,7 +22,7 @@ from reweight.duals import load_forward_mode, tangents_follow_gradients
 from reweight.forwards import DifferenceWatch
 from reweight.objectives import MetaLoss
 from reweight.optimizers import Parameters
-from reweight.problem import MetaProblem, _dense, leaves
+from reweight.problem import MetaProblem, dense, leaves
 from reweight.shards import is_sharded, whole
 
 _logger = logging.getLogger("reweight")
@@ -46,7 +46,8 @@ def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
     """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
     load_forward_mode()
     with forward_ad.dual_level():
-        losses = problem.replay({}, tangents, tangents_follow_gradients(problem.values))  # θ + ε·v
+        within = tangents_follow_gradients(problem.first.values)
+        losses = problem.replay({}, tangents, within)  # θ + ε·v
         value, product = forward_ad.unpack_dual(losses)
     # None where the losses move with nothing that the meta loss moves with.
     return torch.zeros_like(value) if product is None else product
@@ -62,7 +63,7 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
     """
     lengths = [
         torch.stack([whole(tensor.detach().norm()) for tensor in tensors]).norm()
-        for tensors in ([problem.parameters[name] for name in tangents], tangents.values())
+        for tensors in ([problem.first.moved[name] for name in tangents], tangents.values())
     ]
     watch = DifferenceWatch()
 
@@ -71,7 +72,7 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
         above, below = (
             problem.replay(
-                {n: problem.parameters[n].detach() + sign * step * v for n, v in tangents.items()},
+                {n: problem.first.moved[n].detach() + sign * step * v for n, v in tangents.items()},
                 {},
                 watch,
             )
@@ -130,7 +131,7 @@ def _direction(problem: MetaProblem) -> _Direction:
         list(gradients.values()),
         sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
         # A step that waited to be judged goes on waiting if this call fails further on.
-        retain_graph=problem.ahead is not None,
+        retain_graph=problem.first.ahead is not None,
     )
     named = dict(zip(gradients, tangents, strict=True))
     return _Direction(gradients, named, meta_loss, update.num_zero_moments)
@@ -187,7 +188,7 @@ def _grad(
     gradients = torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph, allow_unused=True, materialize_grads=True
     )
-    return tuple(map(_dense, gradients))
+    return tuple(map(dense, gradients))
 
 
 _FUNCTION_ADVICE = (
@@ -237,7 +238,7 @@ def estimate(
             estimator = "finite_difference"
     if estimator == "finite_difference":
         product = difference_product(problem, tangents)
-    value = (problem.sample_shares * problem.spread(product)).detach()
+    value = (problem.first.sample_shares * problem.spread(product)).detach()
     if check and estimator != "finite_difference" and num_ranks() == 1:
         _warn_unless_consistent(problem, direction, value)
     return Hypergradient(value, direction.meta_loss, direction.num_zero_moments), estimator

@@ -62,13 +62,14 @@ class FirstForward(NamedTuple):
 
 def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
     """What ``.grad`` holds, by name, never sparse; averaged over the ranks if asked."""
-    gradients = {n: _dense(p.grad.detach()) for n, p in parameters.items() if p.grad is not None}
+    gradients = {n: dense(p.grad.detach()) for n, p in parameters.items() if p.grad is not None}
     if not average:
         return gradients
     return sums_by_name({n: g / num_ranks() for n, g in gradients.items()}, parameters)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """The same numbers, never sparse."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
@@ -82,16 +83,9 @@ class MetaProblem:
     """One meta step, as functions of the parameters.
 
     Attributes:
-        parameters: θ, the parameters that the optimizer moves (or some of them), by name.
+        first: the forward at θ.
         everything: all parameters of the model.
-        losses: l[i,k] at θ, shape [B, K], with its graph.
-        values: what the products of that forward came to.
-        keep_graph: as in :class:`FirstForward`.
-        sample_shares: as in :class:`FirstForward`.
         weights: w[i,k], shape [B, K], without a graph.
-        accumulated: the gradients that those of L_tr are added to, by name.
-        gradients: what came of that, if it is known already.
-        ahead: the step that is judged, if it has been made already.
         update: U, gradients → θ̂.
         meta_loss: (θ̂, f) → f(L_meta, θ̂), with θ̂ in place while f runs.
         keep_meta_graph: whether the graph of the meta losses is wanted once more.
@@ -102,16 +96,9 @@ class MetaProblem:
         precision: spacing of the numbers that the forward computes with.
     """
 
-    parameters: Parameters
+    first: FirstForward
     everything: Parameters
-    losses: Tensor
-    values: Values
-    keep_graph: bool
-    sample_shares: Tensor
     weights: Tensor
-    accumulated: Parameters
-    gradients: Parameters | None
-    ahead: LookAhead | None
     update: Callable[[Parameters], PseudoUpdate]
     meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
     keep_meta_graph: bool
@@ -122,13 +109,14 @@ class MetaProblem:
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
         """What ``.grad`` will hold on every rank with these weights, or holds already."""
-        if self.gradients is not None:
-            return {name: self.unscaled(gradient) for name, gradient in self.gradients.items()}
+        first = self.first
+        if first.gradients is not None:
+            return {name: self.unscaled(gradient) for name, gradient in first.gradients.items()}
         gradients = self.gradients_at(
-            self.parameters,
-            self.losses,
-            self.scaled(self.sample_shares * weights),
-            retain_graph=self.keep_graph or create_graph,
+            first.moved,
+            first.losses.losses,
+            self.scaled(first.sample_shares * weights),
+            retain_graph=first.keep_graph or create_graph,
             create_graph=create_graph,
         )
         reached = {name: self.unscaled(g) for name, g in gradients.items() if g is not None}
@@ -137,12 +125,12 @@ class MetaProblem:
                 "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
-        for name, gradient in self.accumulated.items():
+        for name, gradient in first.accumulated.items():
             gradient = self.unscaled(gradient)
             if not is_sharded(gradient):
                 gradient = gradient / num_ranks()  # to be averaged, as they are added up
             reached[name] = reached[name] + gradient if name in reached else gradient
-        return sums_by_name(reached, self.parameters)
+        return sums_by_name(reached, first.moved)
 
     def gradients_at(
         self, parameters: Parameters, outputs: Tensor, cotangents: Tensor, **options: bool
@@ -165,14 +153,14 @@ class MetaProblem:
             finally:
                 before.restore()
         return {
-            name: None if gradient is None else _dense(gradient)
+            name: None if gradient is None else dense(gradient)
             for name, gradient in zip(parameters, found, strict=True)
         }
 
     def look_ahead(self) -> LookAhead:
         """The step with these weights."""
-        if self.ahead is not None:
-            return self.ahead
+        if self.first.ahead is not None:
+            return self.first.ahead
         gradients = leaves(self.train_gradients(self.weights))
         return LookAhead(gradients, self.update(gradients))
 
@@ -243,16 +231,9 @@ def meta_problem(
         return whole.view_as(losses)
 
     return MetaProblem(
-        parameters=first.moved,
+        first=first,
         everything=everything,
-        losses=losses,
-        values=first.values,
-        keep_graph=first.keep_graph,
-        sample_shares=first.sample_shares,
         weights=weights.detach(),
-        accumulated=first.accumulated,
-        gradients=first.gradients,
-        ahead=first.ahead,
         update=update,
         meta_loss=meta_loss,
         keep_meta_graph=isinstance(meta, ExitLosses),

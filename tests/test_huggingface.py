@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -442,12 +443,17 @@ class TestHiddenStateExits:
 
     def test_checkpoints_activations_as_its_backbone_does(self, tmp_path: Path) -> None:
         trained = []
+        switches: dict[str, Any] = {"activation_checkpointing": True}
+        if "activation_checkpointing" not in signature(TrainingArguments).parameters:
+            switches = {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            }
         for checkpointing in (False, True):
             torch.manual_seed(0)
             encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
             model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
-            settings = {"activation_checkpointing": True} if checkpointing else {}
-            fit(tmp_path, model=model, **settings)
+            fit(tmp_path, model=model, **(switches if checkpointing else {}))
             flags = [layer.gradient_checkpointing for layer in encoder.encoder.layer]
             assert flags == [checkpointing] * 2
             trained.append(model)
