@@ -443,7 +443,7 @@ class TestHiddenStateExits:
 
     def test_checkpoints_activations_as_its_backbone_does(self, tmp_path: Path) -> None:
         trained = []
-        switches: dict[str, Any] = {"activation_checkpointing": True}
+        switches: dict[str, object] = {"activation_checkpointing": True}
         if "activation_checkpointing" not in signature(TrainingArguments).parameters:
             switches = {
                 "gradient_checkpointing": True,
