@@ -441,19 +441,18 @@ class TestHiddenStateExits:
         wanted = exit_cross_entropy(model(**inputs), labels)
         torch.testing.assert_close(found.losses, wanted.losses)
 
+    @pytest.mark.skipif(
+        "activation_checkpointing" not in signature(TrainingArguments).parameters,
+        reason="older transformers checkpoint in a way that has no forward mode",
+    )
     def test_checkpoints_activations_as_its_backbone_does(self, tmp_path: Path) -> None:
         trained = []
-        switches: dict[str, object] = {"activation_checkpointing": True}
-        if "activation_checkpointing" not in signature(TrainingArguments).parameters:
-            switches = {
-                "gradient_checkpointing": True,
-                "gradient_checkpointing_kwargs": {"use_reentrant": False},
-            }
         for checkpointing in (False, True):
             torch.manual_seed(0)
             encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
             model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
-            fit(tmp_path, model=model, **(switches if checkpointing else {}))
+            settings = {"activation_checkpointing": True} if checkpointing else {}
+            fit(tmp_path, model=model, **settings)
             flags = [layer.gradient_checkpointing for layer in encoder.encoder.layer]
             assert flags == [checkpointing] * 2
             trained.append(model)
