@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from reweight.duals import TangentsWithGradients
 from reweight.forwards import call, plain_attention
-from reweight.places import by_place
+from reweight.places import by_place, run_with
 
 _logger = logging.getLogger("reweight")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -69,8 +69,11 @@ class CompiledModel:
         state = {name: dual.primal for name, dual in duals.items()}
         try:
             with plain_attention():
-                pairs, structure, compiled = self._forward_mode(
-                    self._model, state, tangents, inputs
+                # The compiler refuses a model that holds dual numbers; it makes them itself.
+                pairs, structure, compiled = run_with(
+                    self._model,
+                    state,
+                    lambda: self._forward_mode(self._model, state, tangents, inputs),
                 )
         except RuntimeError as error:
             raise NotCompiledError(str(error)) from error
@@ -88,7 +91,8 @@ def uncompiled_if_need_be(method: Method) -> Method:
         try:
             return method(step, *args, **kwargs)
         except NotCompiledError as error:
-            step._forward.compiled = step._postponed = None  # whose masks may be compiled code's
+            step._forward.compiled = None
+            step._lookahead.waiting = None  # whose masks may be compiled code's
             _logger.warning(
                 "The model runs uncompiled from here on: %s", str(error).strip().splitlines()[0]
             )
