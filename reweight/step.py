@@ -121,8 +121,8 @@ class MetaReweightStep:
         self._inner, self._group = unwrap(model)
         self.model, self.reweighter, self.lean, self.lagged = model, reweighter, lean, lagged
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
-        own = reweighter_optimizer, interval, clip_hypergradient
-        self._learner = ReweighterLearner(reweighter, *own)
+        learning = reweighter_optimizer, interval, clip_hypergradient
+        self._learner = ReweighterLearner(reweighter, *learning)
         self.reweighter_optimizer = self._learner.optimizer
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
