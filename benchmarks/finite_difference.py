@@ -9,16 +9,16 @@ value is that of forward mode in float64.
 
 import copy
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-import reweight.hypergradient as hypergradient
 from reweight import MeanObjective, MetaReweightStep, exit_cross_entropy
+from reweight._meta import estimators, problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from small import MultiExitConvNet
@@ -32,7 +32,7 @@ PRECISIONS = {
 }
 
 
-class Blind(hypergradient.DifferenceWatch):
+class Blind(estimators.DifferenceWatch):
     """Does not see low precision, so that each step asked for is the one taken."""
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -84,17 +84,13 @@ def main() -> None:
         errors = []
         for step in [*STEPS, None]:
             twin = copy.deepcopy(model).to(dtype)
-            chosen = (
-                nullcontext()
-                if step is None
-                else patch.multiple(
-                    hypergradient,
-                    working_precision=lambda _, step=step: step**1.5,
-                    DifferenceWatch=Blind,
-                )
-            )
-            low = torch.autocast("cpu", autocast) if autocast else nullcontext()
-            with chosen, low:
+            with ExitStack() as stack:
+                if step is not None:
+                    precision = Mock(return_value=step**1.5)
+                    stack.enter_context(patch.object(problem, "working_precision", precision))
+                    stack.enter_context(patch.object(estimators, "DifferenceWatch", Blind))
+                if autocast:
+                    stack.enter_context(torch.autocast("cpu", autocast))
                 found = measure(twin, cast, "finite_difference")
             errors.append(((found - exact).norm() / exact.norm()).item())
         print(f"{name:>18}", *(f"{error:>9.1e}" for error in errors))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import Adam
 
-import reweight.updates
+import reweight._optimizers.pseudo_update
 from nets import NETS, OPTIMIZERS, Net
 from reweight import MetaReweightStep, SampleReweighter, exit_cross_entropy
 
@@ -65,7 +65,7 @@ def phase_seconds(net: Net, optimizer_name: str, num_rounds: int) -> dict[str, f
         return call
 
     def update(*args: Any, **kwargs: Any) -> Any:
-        result = reweight.updates.pseudo_update(*args, **kwargs)
+        result = reweight._optimizers.pseudo_update.pseudo_update(*args, **kwargs)
         last = list(result.parameters.values())[-1]  # what the way back through U begins with
         if last.requires_grad:
             last.register_hook(lambda _: mark("cotangents"))
@@ -89,7 +89,9 @@ def phase_seconds(net: Net, optimizer_name: str, num_rounds: int) -> dict[str, f
             optimizer.register_step_pre_hook(lambda *_: mark("optimizer")),
         ]
         mark("begin")
-        with patch("reweight.lookahead.pseudo_update", marked("updated", update, before="update")):
+        with patch(
+            "reweight._meta.lookahead.pseudo_update", marked("updated", update, before="update")
+        ):
             step(train, meta)
         mark("end")
         for handle in handles:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reweight.checks import check_positive, check_whole, kind
+from reweight._checks import check_positive, check_whole, kind
 from reweight.losses import ExitLosses
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reweight._checks import check_share
+from reweight._kernels import composite
+from reweight._kernels.dispatch import choose, choose_linear, is_traced
+from reweight._kernels.function import fused
+from reweight._kernels.linear import fused_linear
+from reweight._ranks.collectives import sum_over_ranks
 from reweight.batches import describe
-from reweight.checks import check_share
-from reweight.distributed import sum_over_ranks
-from reweight.kernels import composite
-from reweight.kernels.dispatch import choose, choose_linear, is_traced
-from reweight.kernels.function import fused
-from reweight.kernels.linear import fused_linear
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 """K tensors [*S, C], one tensor [K, *S, C], or for a single exit one tensor [*S, C].

@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from reweight._ranks.collectives import gather_rows, sum_over_ranks
 from reweight.budget import allot, exit_shares
-from reweight.distributed import gather_rows, sum_over_ranks
 from reweight.losses import ExitLosses
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reweight.checks import check_choice, check_number, check_whole
-from reweight.distributed import gather, sum_over_ranks
+from reweight._checks import check_choice, check_number, check_whole
+from reweight._ranks.collectives import gather, sum_over_ranks
 from reweight.losses import ExitLosses
 
 

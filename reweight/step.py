@@ -10,28 +10,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
+from reweight._checks import check_flag, check_positive
+from reweight._meta.estimators import Estimator
+from reweight._meta.learner import ReweighterLearner
+from reweight._meta.lookahead import Lookahead
+from reweight._meta.problem import FirstForward, gradients_of
+from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
+from reweight._passes.compiled import CompiledModel, uncompiled_if_need_be
+from reweight._passes.forward import ExitForward, LossFunction, require_graph
+from reweight._passes.forward_mode import plain_attention
+from reweight._passes.primal_cache import PrimalCache
+from reweight._passes.snapshots import Beginning, Gradients
+from reweight._ranks.collectives import joined, num_ranks
+from reweight._ranks.shards import begin_anew, parameters_of
+from reweight._ranks.wrappers import averages, is_unsettled, unwrap
 from reweight.batches import Batch, unpack
-from reweight.checks import check_flag, check_positive
-from reweight.compiled import CompiledModel, uncompiled_if_need_be
-from reweight.distributed import averages, is_unsettled, joined, num_ranks, unwrap
-from reweight.forwards import (
-    Beginning,
-    ExitForward,
-    Gradients,
-    LossFunction,
-    plain_attention,
-    require_graph,
-)
-from reweight.learner import ReweighterLearner
-from reweight.lookahead import Lookahead
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
-from reweight.optimizers import AnyOptimizer, Exactness, as_optimizers, held_by
-from reweight.problem import FirstForward, gradients_of
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter
-from reweight.shards import begin_anew, parameters_of
-from reweight.values import Values
 
 
 class MetaReweightStep:
@@ -132,13 +129,13 @@ class MetaReweightStep:
             forward=self._forward,
             optimizers=self.optimizers,
             objective=BudgetedObjective() if objective is None else objective,
-            estimator=estimator,
             exactness=pseudo_update,
             clip_grad_norm=clip_grad_norm,
             scaler=scaler,
             train_fraction=train_fraction,
             moves=moves,
         )
+        self._estimator = Estimator(estimator, self._inner)
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
         with joined(self._group):
             self._learner.require_same(options, next(model.parameters()).device)
@@ -193,7 +190,7 @@ class MetaReweightStep:
         elif not self.lagged:
             raise TypeError("`meta` must be a pair (inputs, target) unless lagged=True, got None.")
         waiting, postponed = self._lookahead.still_waiting() if meta is None else None, None
-        beginning, values, update = Beginning(self._inner), Values(), None
+        beginning, cache, update = Beginning(self._inner), PrimalCache(), None
         due = self._learner.is_due
         moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
@@ -205,11 +202,11 @@ class MetaReweightStep:
         forward = partial(self._forward, *train, beginning=beginning)
         try:
             with self._attention(), joined(self._group), begin_anew(self._inner):
-                within = values if due and not lean else None
+                within = cache if due and not lean else None
                 losses = require_graph(forward(within=within, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
                 first = FirstForward(
-                    train, beginning, losses, values, moved, grads, shares, keep_graph=not lean
+                    train, beginning, losses, cache, moved, grads, shares, keep_graph=not lean
                 )
                 if waiting is not None:
                     update = self._update(waiting, losses)
@@ -222,7 +219,7 @@ class MetaReweightStep:
                     weights = self._learner.weights(losses)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
                 coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
-                # The graph may be kept for its values, not for another backward.
+                # The graph may be kept for its cache, not for another backward.
                 losses.losses.backward(coefficients, retain_graph=lagged and not lean)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
@@ -250,19 +247,19 @@ class MetaReweightStep:
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         self._learner.require_trainable()
-        beginning, values = Beginning(self._inner), Values()
+        beginning, cache = Beginning(self._inner), PrimalCache()
         moved, keep = self._lookahead.moved(), not self.lean
 
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:
             shares = require_graph(losses).sample_shares()
-            first = FirstForward(train, beginning, losses, values, moved, {}, shares, keep)
+            first = FirstForward(train, beginning, losses, cache, moved, {}, shares, keep)
             update = self._update(first, meta)
             with torch.no_grad():
                 return losses, self._learner.weights(losses), update
 
         try:
             with self._attention(), joined(self._group), begin_anew(self._inner):
-                learnt = self._forward.at({}, beginning.buffers, *train, learn, within=values)
+                learnt = self._forward.at({}, beginning.buffers, *train, learn, within=cache)
         finally:
             beginning.random_state.restore()
         return StepResult.of(*learnt)
@@ -282,7 +279,7 @@ class MetaReweightStep:
             self._learner.warn_if_cold(self.optimizers)
         after, weights = Beginning(self._inner), self._learner.weights(first.losses)
         seed = self._learner.num_updates
-        hypergradient = self._lookahead.hypergradient(first, meta, weights, seed)
+        hypergradient = self._estimator(self._lookahead.problem(first, meta, weights, seed))
         after.restore()  # buffers too: checkpointing runs the model again in each backward
         return self._learner.learn(first.losses, weights, hypergradient)
 
@@ -294,7 +291,7 @@ class MetaReweightStep:
     @property
     def estimator(self) -> str:
         """The estimator in use; "auto" is forward mode, as long as it stands here."""
-        return self._lookahead.estimator
+        return self._estimator.name
 
     def _attention(self) -> AbstractContextManager[None]:
         return plain_attention() if self.estimator == "unrolled" else nullcontext()

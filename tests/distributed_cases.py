@@ -28,7 +28,7 @@ from reweight import (
     MetaReweightStep,
     SampleReweighter,
 )
-from reweight.shards import parameters_of, whole
+from reweight._ranks.shards import parameters_of, whole
 
 SHARDS = {1: [12], 2: [7, 5], 4: [2, 5, 1, 4]}  # the samples of each rank
 META_SHARDS = {1: [9], 2: [3, 6], 4: [1, 2, 1, 5]}

@@ -31,7 +31,7 @@ from distributed_cases import (
 )
 from ranks import attempt, process_group
 from reweight import MetaReweightStep, SampleReweighter
-from reweight.shards import parameters_of, whole
+from reweight._ranks.shards import parameters_of, whole
 
 
 def blocks_and_rest(model: nn.Module, **options: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from reweight.duals import load_forward_mode
+from reweight._passes.forward_mode import load_forward_mode
 
 _PRELOADED = ["fault_training", "fsdp_cases", "torch._dynamo"]
 load_forward_mode()

@@ -8,7 +8,7 @@ from torch.optim import SGD, AdamW
 
 from cases import make_batch, make_model, warm_up
 from reweight import MetaReweightStep, SampleReweighter
-from reweight.values import Values
+from reweight._passes.primal_cache import PrimalCache
 
 MODELS = ["mlp", "conv_batch_norm"]
 
@@ -117,8 +117,8 @@ def test_what_waits_is_recalled_not_computed_again(monkeypatch) -> None:
         found.append(original(values, product))
         return found[-1]
 
-    original = Values.recall
-    monkeypatch.setattr(Values, "recall", recall)
+    original = PrimalCache.recall
+    monkeypatch.setattr(PrimalCache, "recall", recall)
     step(train)
     num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in step.model.modules())
     assert num_convolutions

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 from cases import Fixed, make_batch, make_model, warm_up
 from reweight import MeanObjective, MetaReweightStep, SampleReweighter
-from reweight.compiled import CompiledModel
-from reweight.places import run_with
+from reweight._passes.compiled import CompiledModel
+from reweight._passes.functional import run_with
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # the compiler looks at it

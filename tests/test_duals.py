@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from cases import EXITS, MODELS, OPTIMIZERS, MultiExit, make_batch, make_model, warm_up
-from reweight import MeanObjective, MetaReweightStep, SampleReweighter, duals, forwards, values
-from reweight.duals import tangents_follow_gradients
-from reweight.kernels import function
-from reweight.values import Values
+from reweight import MeanObjective, MetaReweightStep, SampleReweighter
+from reweight._kernels import function
+from reweight._passes import forward, forward_mode, primal_cache
+from reweight._passes.forward_mode import tangents_follow_gradients
+from reweight._passes.primal_cache import PrimalCache
 from test_models import REFUSED, ROWS, set_up
 
 
@@ -25,7 +26,7 @@ from test_models import REFUSED, ROWS, set_up
 def recalled(monkeypatch) -> list[Tensor]:
     """Everything is worth recalling; what was."""
     found: list[Tensor] = []
-    ask = Values.recall
+    ask = PrimalCache.recall
 
     def recall(self, product) -> Tensor | None:
         value = ask(self, product)
@@ -33,8 +34,8 @@ def recalled(monkeypatch) -> list[Tensor]:
             found.append(value)
         return value
 
-    monkeypatch.setattr(values, "_LARGE", 0)
-    monkeypatch.setattr(Values, "recall", recall)
+    monkeypatch.setattr(primal_cache, "_LARGE", 0)
+    monkeypatch.setattr(PrimalCache, "recall", recall)
     return found
 
 
@@ -63,7 +64,7 @@ def assert_bitwise(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 def forget(monkeypatch) -> None:
-    monkeypatch.setattr(Values, "recall", lambda self, product: None)
+    monkeypatch.setattr(PrimalCache, "recall", lambda self, product: None)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
@@ -94,7 +95,7 @@ def test_large_logits_are_recalled_and_change_nothing(recalled, monkeypatch) -> 
     with_logits = outcome(model, train, meta)
     num_exits, logits = len(model(train[0])), model(train[0])[0]
     assert sum(value.shape == logits.shape for value in recalled) == num_exits
-    monkeypatch.setattr(forwards, "logits_kept", lambda kept: nullcontext())
+    monkeypatch.setattr(forward, "logits_kept", lambda kept: nullcontext())
     assert_bitwise(outcome(model, train, meta), with_logits)
 
 
@@ -170,8 +171,8 @@ def test_a_stale_value_is_not_recalled(how: str, expected: bool, recalled, monke
     assert_bitwise(outcome(model, train, meta), with_recall)
 
 
-def values_of(func, *tensors) -> tuple[Values, Tensor]:
-    noted = Values()
+def values_of(func, *tensors) -> tuple[PrimalCache, Tensor]:
+    noted = PrimalCache()
     with noted:
         result = func(*tensors)
     return noted, result
@@ -182,15 +183,17 @@ def test_changed_bytes_are_noticed(recalled) -> None:
     x, weight = torch.zeros(2, 4), torch.randn(3, 4, requires_grad=True)
     for change in (lambda: x.clone(), lambda: -x, lambda: x.clone().fill_(torch.nan)):
         noted, result = values_of(F.linear, x, weight)
-        again = noted.recall(values.Product.of(F.linear, change(), weight.detach()))
+        again = noted.recall(primal_cache.Product.of(F.linear, change(), weight.detach()))
         assert (again is not None) == torch.equal(change().view(torch.int32), x.view(torch.int32))
     noted, result = values_of(F.linear, x, weight)
     with torch.no_grad():
         weight.add_(1)
-    assert noted.recall(values.Product.of(F.linear, x, weight.detach())) is None
+    assert noted.recall(primal_cache.Product.of(F.linear, x, weight.detach())) is None
     noted, result = values_of(F.linear, x, weight)
     del result
-    assert noted.recall(values.Product.of(F.linear, x, weight.detach())) is None, "not kept alive"
+    assert noted.recall(primal_cache.Product.of(F.linear, x, weight.detach())) is None, (
+        "not kept alive"
+    )
 
 
 def attention(causal: bool):
@@ -222,7 +225,7 @@ RULES = {
 @pytest.mark.parametrize("moving", list(product([True, False], repeat=3))[:-1])
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch) -> None:
-    monkeypatch.setattr(values, "_LARGE", 0)
+    monkeypatch.setattr(primal_cache, "_LARGE", 0)
     func, shapes = RULES[name]
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     tangents = [torch.randn_like(tensor) for tensor in tensors]
@@ -237,7 +240,7 @@ def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch
     with forward_ad.dual_level():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             theirs = run()
-        with tangents_follow_gradients(Values()):
+        with tangents_follow_gradients(PrimalCache()):
             ours = run()
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # rounding
@@ -255,7 +258,9 @@ def test_models_get_the_rules(name: str, monkeypatch) -> None:
 
         return run
 
-    monkeypatch.setattr(duals, "_RULES", {f: observed(rule) for f, rule in duals._RULES.items()})
+    monkeypatch.setattr(
+        forward_mode, "_RULES", {f: observed(rule) for f, rule in forward_mode._RULES.items()}
+    )
     model, _, train, meta = set_up(ROWS[name])
     outcome(model, train, meta)
     assert found

@@ -1,6 +1,8 @@
-"""A module imports only what stands above it; the package loads its dependencies alone."""
+"""The map in CONTRIBUTING.md is the package; ``import reweight`` loads its dependencies alone."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,49 +12,33 @@ import pytest
 import reweight
 
 PACKAGE = Path(reweight.__file__).parent
-ORDER = [
-    "kernels.__init__",
-    "kernels.composite",
-    "kernels.torch_kernels",
-    "kernels.triton_kernels",
-    "kernels.function",
-    "kernels.linear",
-    "kernels.dispatch",
-    "checks",
-    "batches",
-    "shards",
-    "distributed",
-    "losses",
-    "budget",
-    "places",
-    "forwards",
-    "values",
-    "duals",
-    "compiled",
-    "costs",
-    "reweighter",
-    "objectives",
-    "rules",
-    "optimizers",
-    "updates",
-    "problem",
-    "hypergradient",
-    "lookahead",
-    "result",
-    "learner",
-    "step",
-    "__init__",
-    "integrations.__init__",
-    "integrations.lightning",
-    "integrations.huggingface",
-    "integrations.vision",
-    "plots",
+ROOT = Path(__file__).parents[1]
+
+
+def rooms() -> dict[str, tuple[set[str], str]]:
+    """What each room may import, and where it is tested, by the table in CONTRIBUTING.md."""
+    found: dict[str, tuple[set[str], str]] = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        if not re.match(r"\| `[a-z_]+(\.py|/)` \|", line):
+            continue
+        name, _, imports, tests = line.strip("| ").split(" | ")
+        named = set(re.findall(r"`([a-z_]+)`", imports))
+        allowed = found.keys() - named if imports.startswith("all above") else named
+        room = re.sub(r"`|\.py|/", "", name)
+        found[room] = set(allowed) | {room}, tests.strip("`/ ")
+    return found
+
+
+ROOMS = rooms()
+MODULES = [
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
 ]
 
 
-def test_every_module_has_its_place() -> None:
-    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
-    assert {".".join(path.parts) for path in paths} == set(ORDER)
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def imports(name: str) -> set[str]:
@@ -63,18 +49,42 @@ def imports(name: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reweight"):
             for each in node.names:
                 inner = f"{node.module}.{each.name}".removeprefix("reweight.")
-                found.add(inner if inner in ORDER else node.module.removeprefix("reweight."))
+                found.add(inner if inner in MODULES else node.module.removeprefix("reweight."))
     return found
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_point_upwards(name: str) -> None:
-    assert all(ORDER.index(module) < ORDER.index(name) for module in imports(name)), imports(name)
+def test_every_room_has_its_line() -> None:
+    assert {room_of(module) for module in MODULES} == ROOMS.keys()
 
 
-def test_only_losses_knows_the_kernels() -> None:
-    knowing = {name for name in ORDER if any(m.startswith("kernels.") for m in imports(name))}
-    assert {name for name in knowing if not name.startswith("kernels.")} == {"losses"}
+def test_rooms_import_only_what_stands_above_them() -> None:
+    order = list(ROOMS)
+    for room, (allowed, _) in ROOMS.items():
+        assert all(order.index(other) <= order.index(room) for other in allowed), room
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_what_its_room_may(name: str) -> None:
+    own = room_of(name)
+    allowed, _ = ROOMS[own]
+    assert {room_of(module) for module in imports(name)} <= allowed
+    for module in imports(name):
+        if room_of(module) != own and "." in module:
+            room = importlib.import_module(f"reweight.{room_of(module)}")
+            assert module.partition(".")[2] in room.__all__, f"{module} is for its room alone"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    lines = (PACKAGE / room / "__init__.py").read_text().splitlines()
+    assert len(lines) <= 5
+    assert lines[0].startswith('"""')
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__init__")])
+def test_every_module_has_a_test_file(name: str) -> None:
+    file = f"test_{name.rpartition('.')[2].lstrip('_')}.py"
+    assert (ROOT / ROOMS[room_of(name)][1] / file).exists()
 
 
 def test_public_names_are_those_of_the_init() -> None:

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
-from reweight.kernels import function, linear, torch_kernels
+from reweight._kernels import function, linear, torch_kernels
 
 INF = torch.inf
 FORMS = ["list", "stacked", "tokens", "stacked_tokens", "single", "single_tokens"]

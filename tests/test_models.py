@@ -22,8 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import NUM_CLASSES, Fixed, MultiExit, Recurrent, conventional_loss, warm_up
 from references import meta_objective
-from reweight import MeanObjective, MetaReweightStep, lookahead
-from reweight.hypergradient import estimate
+from reweight import MeanObjective, MetaReweightStep
 
 WIDTH, TOKENS = 6, 4
 EXACT, DIFFERENCES, REFUSED = "exactly", "by finite differences", "refused"
@@ -322,7 +321,7 @@ def set_up(row: Row):
 
 def slope_by_double_backward(step: MetaReweightStep, train, meta, direction: Tensor) -> float:
     twin = copy.deepcopy(step)
-    twin._lookahead.estimator = "unrolled"
+    twin._estimator.name = "unrolled"
     twin._forward.compiled = None  # compiled code has no second order
     weights = twin.reweighter.weights.detach().clone()
     twin.update_reweighter(train, meta)
@@ -524,9 +523,7 @@ def hypergradient(build, **options) -> Tensor:
     [{}, {"lagged": True}, {"lean": True}, {"estimator": "finite_difference"}],
     ids=["forward", "lagged", "lean", "finite_difference"],
 )
-def test_hooks_of_parameters_are_part_of_the_step(hook, options, monkeypatch) -> None:
-    monkeypatch.setattr(lookahead, "estimate", partial(estimate, check=True))
-
+def test_hooks_of_parameters_are_part_of_the_step(hook, options) -> None:
     def build() -> nn.Module:
         model = net(linear(), linear())
         model.blocks[0][0].weight.register_hook(hook)
@@ -562,8 +559,7 @@ def hooked(how: str) -> nn.Module:
         ("low precision inside", False),
     ],
 )
-def test_a_backward_that_is_no_derivative_is_told(how: str, expected: bool, monkeypatch) -> None:
-    monkeypatch.setattr(lookahead, "estimate", partial(estimate, check=True))
+def test_a_backward_that_is_no_derivative_is_told(how: str, expected: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hypergradient(lambda: hooked(how))

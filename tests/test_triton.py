@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from reweight.kernels import triton_kernels
+from reweight._kernels import triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NUM_CLASSES = [10, 100, 1000, 32000, 50257, 128256]

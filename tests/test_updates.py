@@ -20,9 +20,9 @@ from cases import (
 )
 from properties import assert_same
 from references import copy_together
-from reweight.learner import _Snapshot, step_where
-from reweight.optimizers import as_optimizers, check_differentiable
-from reweight.updates import clip_gradients, pseudo_update
+from reweight._meta.guarded_step import Snapshot, step_where
+from reweight._optimizers.accepted import as_optimizers, check_differentiable
+from reweight._optimizers.pseudo_update import clip_gradients, pseudo_update
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
 
     (stepped, optimizer), (expected, plain) = fresh(), fresh()
     stepped.grad, expected.grad = torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.2])
-    step_where(optimizer, torch.tensor(True), _Snapshot(optimizer))
+    step_where(optimizer, torch.tensor(True), Snapshot(optimizer))
     plain.step()
     assert torch.equal(stepped, expected)
     assert_same(optimizer.state_dict(), plain.state_dict())
@@ -311,7 +311,7 @@ def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
     before = kept.detach().clone()
     state_before = copy.deepcopy(optimizer.state_dict())
     kept.grad = torch.tensor([torch.nan, 0.2])
-    snapshot = _Snapshot(optimizer)
+    snapshot = Snapshot(optimizer)
     step_where(optimizer, torch.tensor(False), snapshot)
     assert torch.equal(kept, before)
     assert kept.grad is None

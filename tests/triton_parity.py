@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", "3.9")
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
-from reweight.kernels import triton_kernels
+from reweight._kernels import triton_kernels
 
 # NumPy warns where a GPU does not: about log 0 and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from reweight._checks import kind
 from reweight.batches import describe
-from reweight.checks import kind
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter

@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from reweight._checks import kind
 from reweight.batches import describe
-from reweight.checks import kind
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep

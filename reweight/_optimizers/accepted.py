@@ -8,9 +8,9 @@ import torchopt
 from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
-from reweight.checks import kind
-from reweight.rules import RULES, Group
-from reweight.shards import parameters_of
+from reweight._checks import kind
+from reweight._optimizers.rules import RULES, Group
+from reweight._ranks.shards import parameters_of
 
 _logger = logging.getLogger("reweight")
 

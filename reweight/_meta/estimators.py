@@ -11,42 +11,31 @@ ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al.,
 
 import logging
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from reweight.distributed import num_ranks, sums_over_ranks
-from reweight.duals import load_forward_mode, tangents_follow_gradients
-from reweight.forwards import DifferenceWatch
+from reweight._checks import check_choice
+from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
+from reweight._optimizers.accepted import Parameters
+from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._passes.differences import DifferenceWatch
+from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
+from reweight._ranks.collectives import num_ranks, sums_over_ranks
+from reweight._ranks.shards import is_sharded, sharded_modules, whole
+from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss
-from reweight.optimizers import Parameters
-from reweight.problem import MetaProblem, dense, leaves
-from reweight.shards import is_sharded, whole
 
 _logger = logging.getLogger("reweight")
-
-
-class Hypergradient(NamedTuple):
-    """∂L_meta/∂w and what came with it, all without a graph.
-
-    Attributes:
-        value: shape [B, K], that of this rank's samples.
-        meta_loss: L_meta at θ̂ and the shares it rests on.
-        num_zero_moments: entries of the update with no derivative, taken as 0.
-    """
-
-    value: Tensor
-    meta_loss: MetaLoss
-    num_zero_moments: Tensor | int
 
 
 def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
     """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
     load_forward_mode()
     with forward_ad.dual_level():
-        within = tangents_follow_gradients(problem.first.values)
+        within = tangents_follow_gradients(problem.first.cache)
         losses = problem.replay({}, tangents, within)  # θ + ε·v
         value, product = forward_ad.unpack_dual(losses)
     # None where the losses move with nothing that the meta loss moves with.
@@ -103,38 +92,29 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     return Hypergradient(value, meta_loss, update.num_zero_moments)
 
 
-class _Direction(NamedTuple):
-    """v by name, and what came with it, the gradient that it is a cotangent of first."""
+def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Parameters]:
+    """L_meta at θ̂, and v = (∂U/∂gradient)ᵀ c by name."""
+    gradients, updated = ahead.gradients, ahead.parameters
 
-    gradients: Parameters
-    tangents: Parameters
-    meta_loss: MetaLoss
-    num_zero_moments: Tensor | int
-
-
-def _direction(problem: MetaProblem) -> _Direction:
-    """V = (∂U/∂gradient)ᵀ c."""
-    gradients, update = problem.look_ahead()
-
-    def cotangent(meta_loss: MetaLoss, updated: Parameters) -> tuple[Tensor, ...]:
+    def cotangent(meta_loss: MetaLoss, holders: Parameters) -> tuple[Tensor, ...]:
         found = problem.gradients_at(
-            {name: updated[name] for name in gradients},
+            {name: holders[name] for name in gradients},
             meta_loss.value,
             problem.scaled(torch.ones_like(meta_loss.value)),
-            retain_graph=problem.keep_meta_graph,
+            # The graph of the meta losses that came as such is wanted once more.
+            retain_graph=isinstance(problem.meta, ExitLosses),
         )
-        return tuple(torch.zeros_like(updated[n]) if g is None else g for n, g in found.items())
+        return tuple(torch.zeros_like(holders[n]) if g is None else g for n, g in found.items())
 
-    meta_loss, cotangents = problem.meta_loss(leaves(update.parameters), cotangent)  # c
+    meta_loss, cotangents = problem.meta_loss(leaves(updated), cotangent)  # c
     tangents = _grad(
-        [update.parameters[name] for name in gradients],
+        [updated[name] for name in gradients],
         list(gradients.values()),
         sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
         # A step that waited to be judged goes on waiting if this call fails further on.
         retain_graph=problem.first.ahead is not None,
     )
-    named = dict(zip(gradients, tangents, strict=True))
-    return _Direction(gradients, named, meta_loss, update.num_zero_moments)
+    return meta_loss, dict(zip(gradients, tangents, strict=True))
 
 
 @torch.no_grad()
@@ -154,7 +134,9 @@ def _through_hooks(parameter: Tensor, tangent: Tensor) -> Tensor:
     return tangent
 
 
-def _warn_unless_consistent(problem: MetaProblem, direction: _Direction, value: Tensor) -> None:
+def _warn_unless_consistent(
+    problem: MetaProblem, gradients: Parameters, tangents: Parameters, value: Tensor
+) -> None:
     """⟨v, ∇L_tr⟩ is known twice, as Σ w·∂L_meta/∂w and from the gradient that the backward gave.
 
     A difference is what forward mode does not see of the backward, or of the hooks; the rounding of
@@ -162,8 +144,7 @@ def _warn_unless_consistent(problem: MetaProblem, direction: _Direction, value: 
     """
     terms = problem.weights * value
     by_backward = sum(
-        whole((tangent * direction.gradients[name].detach()).sum())
-        for name, tangent in direction.tangents.items()
+        whole((tangent * gradients[name].detach()).sum()) for name, tangent in tangents.items()
     )
     difference = float((terms.sum() - by_backward).abs() / terms.abs().sum())
     if difference <= problem.precision ** (1 / 3):
@@ -197,34 +178,64 @@ _FUNCTION_ADVICE = (
     "estimator='unrolled'."
 )
 
-ESTIMATORS = ("auto", "forward", "finite_difference", "unrolled")
 
-
-def estimate(
-    estimator: str, problem: MetaProblem, *, check: bool = False
-) -> tuple[Hypergradient, str]:
-    """The hypergradient, and which estimator to use from now on.
+class Estimator:
+    """The hypergradient of a meta step.
 
     "auto" is forward mode, until PyTorch says that an operation of the model has none: from then on
-    it is finite differences, and the log says which operation decided. On demand it is checked that
-    forward mode and backward agree, which takes all rows, no accumulated gradients, and a wait;
-    of several ranks none is checked, since it would take them to send something.
+    it is finite differences, and the log says which operation decided. Once, where both ways to the
+    same number are there (all rows, no accumulated gradients, a single rank, for several would have
+    to send something), it is made sure that they agree.
+
+    Args:
+        name: "auto", "forward", "finite_difference" or "unrolled"; changes as said.
+        model: which is differentiated.
+
+    Raises:
+        ValueError: there is no such estimator, or not for this model.
     """
-    if estimator == "unrolled":
-        return unrolled(problem), estimator
-    direction = _direction(problem)
-    tangents = {
-        name: _through_hooks(problem.everything[name], tangent)
-        for name, tangent in direction.tangents.items()
-    }
-    if estimator != "finite_difference":
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        check_choice("estimator", name, ("auto", "forward", "finite_difference", "unrolled"))
+        if name == "unrolled" and sharded_modules(model):
+            raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
+        self.name = name
+        self._is_checked = False
+
+    def __call__(self, problem: MetaProblem) -> Hypergradient:
+        """∂L_meta/∂w of this step."""
+        check = not (self._is_checked or problem.first.accumulated) and problem.rows is None
+        if self.name == "unrolled":
+            return unrolled(problem)
+        ahead = problem.look_ahead()
+        meta_loss, direction = _direction(problem, ahead)
+        tangents = {
+            name: _through_hooks(problem.everything[name], tangent)
+            for name, tangent in direction.items()
+        }
+        product = (
+            None if self.name == "finite_difference" else self._dual_product(problem, tangents)
+        )
+        exact = product is not None
+        if product is None:
+            product = difference_product(problem, tangents)
+        value = (problem.first.sample_shares * problem.spread(product)).detach()
+        if check and exact and num_ranks() == 1:
+            _warn_unless_consistent(problem, ahead.gradients, direction, value)
+        self._is_checked = self._is_checked or check
+        return Hypergradient(value, meta_loss, ahead.num_zero_moments)
+
+    def _dual_product(self, problem: MetaProblem, tangents: Parameters) -> Tensor | None:
+        """By forward mode; None, for good, if the model has an operation without."""
+        if self.name == "finite_difference":
+            return None
         try:
-            product = dual_product(problem, tangents)
+            return dual_product(problem, tangents)
         except (NotImplementedError, RuntimeError) as error:
             named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
             if not (named or isinstance(error, NotImplementedError)):
                 raise
-            if estimator == "forward":
+            if self.name == "forward":
                 raise NotImplementedError(
                     "The model has an operation without forward mode. Use estimator="
                     "'finite_difference' (approximate) or 'unrolled' (exact, more memory)."
@@ -235,10 +246,5 @@ def estimate(
                 str(error).splitlines()[0],
                 _FUNCTION_ADVICE if "custom autograd.Function" in str(error) else "",
             )
-            estimator = "finite_difference"
-    if estimator == "finite_difference":
-        product = difference_product(problem, tangents)
-    value = (problem.first.sample_shares * problem.spread(product)).detach()
-    if check and estimator != "finite_difference" and num_ranks() == 1:
-        _warn_unless_consistent(problem, direction, value)
-    return Hypergradient(value, direction.meta_loss, direction.num_zero_moments), estimator
+            self.name = "finite_difference"
+            return None

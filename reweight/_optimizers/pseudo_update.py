@@ -1,38 +1,37 @@
 """The pseudo update θ̂ = U(θ, ∇θ L_tr): the optimizer's next step, made differentiable.
 
 It starts from the param groups, learning rates and state of the real optimizer and changes none of
-them. What :mod:`reweight.rules` lacks runs as the stock class of ``torch.optim`` on copies, and an
-optimizer of torchopt as it is.
+them. What ``rules`` lacks runs as the stock class of ``torch.optim`` on copies, and an optimizer of
+torchopt as it is.
 """
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import CellType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torchopt
 from torch import Tensor, optim
-from torchopt.base import UninitializedState
-from torchopt.transform.scale_by_adadelta import ScaleByAdadeltaState
 
-from reweight.optimizers import AnyOptimizer, Exactness, Parameters, groups_of
-from reweight.rules import RULES, Count, Group, Moments, Step
-from reweight.shards import local, shard_like
+from reweight._optimizers.accepted import AnyOptimizer, Exactness, Parameters, groups_of
+from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
+from reweight._optimizers.torchopt_update import by_torchopt, cut
+from reweight._ranks.shards import local, shard_like
 
 
 class PseudoUpdate(NamedTuple):
     """θ̂ and what had to be left out of its derivative.
 
     Attributes:
+        gradients: what it is a function of, by name.
         parameters: θ̂ by name, differentiable in the gradients.
         num_zero_moments: how many entries have no derivative, because gradient and second moment
             are both 0 there (dead units, a bias before BatchNorm), or for want of a finite slope;
             it is taken as 0.
     """
 
+    gradients: Parameters
     parameters: Parameters
     num_zero_moments: Tensor | int
 
@@ -59,6 +58,7 @@ def pseudo_update(
     Returns:
         :class:`PseudoUpdate`.
     """
+    given = gradients
     if clip_grad_norm is not None:
         gradients = clip_gradients(gradients, clip_grad_norm)
     names = {id(parameters[name]): name for name in gradients}
@@ -76,12 +76,12 @@ def pseudo_update(
                 rate = -group["lr"] if group.get("maximize") else group["lr"]
                 moved = [p - rate * g for p, g in zip(now, moving, strict=True)]
             elif isinstance(optimizer, torchopt.Optimizer):
-                moved, num_zero = _by_torchopt(optimizer, index, now, moving)
+                moved, num_zero = by_torchopt(optimizer, index, now, moving)
             else:
                 moved, num_zero = _by_torch(optimizer, group, now, moving)
             updated.update(zip(held, moved, strict=True))
             num_zero_moments = num_zero_moments + num_zero
-    return PseudoUpdate(updated, num_zero_moments)
+    return PseudoUpdate(given, updated, num_zero_moments)
 
 
 def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
@@ -198,7 +198,7 @@ def _by_stock_class(
             & ((1 - group["betas"][1]) * _descent(group, p, g.detach(), coupled).square() == 0)
             for p, g in zip(parameters, gradients, strict=True)
         ]
-        gradients = [_cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
+        gradients = [cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
         zero = torch.stack([local(mask).sum() for mask in masks]).sum()
     copies = [p.detach().clone().requires_grad_().clone() for p in parameters]  # no leaves
     settings = {**group, "params": copies, "differentiable": True, "foreach": False}
@@ -228,68 +228,3 @@ def _descent(group: Group, p: Tensor, g: Tensor, decay: float) -> Tensor:
     """What the rule descends along: the gradient, with the weight decay that is coupled to it."""
     d = -g if group.get("maximize") else g
     return d.add(p, alpha=decay) if decay else d
-
-
-def _by_torchopt(
-    optimizer: torchopt.Optimizer, index: int, parameters: list[Tensor], gradients: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """One group of an optimizer of torchopt."""
-    members: Any = optimizer.param_groups[index]
-    given = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
-    state = optimizer.state_groups[index]
-    if isinstance(state, UninitializedState):
-        state = optimizer.impl.init(members)
-    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-    for second_moments in _second_moments(state):
-        for p, second_moment in zip(members, second_moments, strict=True):
-            if id(p) in given:
-                mask = (given[id(p)].detach() == 0) & (second_moment == 0)
-                given[id(p)] = _cut(given[id(p)], mask)
-                zero = zero + local(mask).sum()
-    start = tuple(p.detach() for p in members)
-    with _first_call_kept(optimizer.impl):
-        updates, _ = optimizer.impl.update(
-            tuple(given.get(id(p)) for p in members), state, params=start, inplace=False
-        )
-    moved = {id(p): s + u for p, s, u in zip(members, start, updates, strict=True) if u is not None}
-    return [moved.get(id(p), p.detach()) for p in parameters], zero
-
-
-def _cut(gradient: Tensor, mask: Tensor) -> Tensor:
-    """The same values, with derivative 0 where the mask holds."""
-    return torch.where(mask, gradient.detach(), gradient)
-
-
-def _second_moments(state: Any) -> Iterator[Sequence[Tensor]]:
-    """What the transformations in this state divide by the root of."""
-    for name in ("nu", "sum_of_squares"):
-        if hasattr(state, name) and not isinstance(state, ScaleByAdadeltaState):
-            yield getattr(state, name)
-    if type(state) in (tuple, list):
-        for part in state:
-            yield from _second_moments(part)
-
-
-@contextmanager
-def _first_call_kept(impl: Any) -> Iterator[None]:
-    """Torchopt's momentum remembers outside its state whether it was called: make it forget."""
-    cells = [(cell, cell.cell_contents) for cell in _first_call_cells(impl.update)]
-    try:
-        yield
-    finally:
-        for cell, value in cells:
-            cell.cell_contents = value
-
-
-def _first_call_cells(function: Any) -> Iterator[CellType]:
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    for name, cell in zip(
-        code.co_freevars if code else (), getattr(function, "__closure__", None) or (), strict=True
-    ):
-        content = cell.cell_contents
-        if name == "first_call":
-            yield cell
-        for inner in content if isinstance(content, list | tuple) else (content,):
-            if callable(inner):
-                yield from _first_call_cells(inner)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from reweight.checks import check_positive, check_whole, kind
-from reweight.distributed import gather, require_same, sums_by_name, unwrap
-from reweight.hypergradient import Hypergradient
+from reweight._checks import check_positive, check_whole, kind
+from reweight._meta.guarded_step import Snapshot, step_where
+from reweight._meta.problem import Hypergradient, gradients_of
+from reweight._optimizers.accepted import AnyOptimizer, is_cold
+from reweight._ranks.collectives import gather, require_same, sums_by_name
+from reweight._ranks.wrappers import unwrap
 from reweight.losses import ExitLosses
-from reweight.optimizers import AnyOptimizer, is_cold
-from reweight.problem import gradients_of
 from reweight.result import Update
 
 
@@ -98,7 +99,7 @@ class ReweighterLearner:
         ok = ~nonfinite.any()
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / norm).clamp(max=1)
-        before, counts = _Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
+        before, counts = Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
 
         def undo() -> None:
             before.restore()
@@ -186,59 +187,6 @@ class ReweighterLearner:
         for name in ("num_skipped", "num_calls", "num_updates"):
             setattr(self, name, state_dict[name])
         self._has_stepped = self.optimizer is not None and bool(self.optimizer.state)
-
-
-class _Snapshot:
-    """The parameters of an optimizer and its state, now."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.states = [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in optimizer.state[p].items()
-            }
-            if p in optimizer.state
-            else None
-            for p in self.parameters
-        ]
-
-    def restore(self) -> None:
-        """Put both back."""
-        for parameter, value, state in zip(self.parameters, self.values, self.states, strict=True):
-            parameter.data.copy_(value)
-            self._optimizer.state.pop(parameter, None)
-            if state is not None:
-                self._optimizer.state[parameter] = state
-
-
-def step_where(optimizer: Optimizer, ok: Tensor, before: _Snapshot) -> Tensor:
-    """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
-
-    Nothing either if the step leads to a parameter that is not finite. Takes the gradients away
-    afterwards. State that lives on another device than ``ok`` (the step count of Adam, on the CPU)
-    moves on in either case.
-
-    Returns:
-        Whether the step was taken, bool, scalar.
-    """
-    for parameter in before.parameters:
-        if parameter.grad is not None:
-            parameter.grad = torch.where(ok, parameter.grad, 0)
-    optimizer.step()
-    ok = ok & torch.stack([p.data.isfinite().all() for p in before.parameters]).all()
-    for parameter, value, state in zip(
-        before.parameters, before.values, before.states, strict=True
-    ):
-        parameter.data.copy_(torch.where(ok, parameter.data, value))
-        for name, old in (state or {}).items():
-            new = optimizer.state[parameter][name]
-            if isinstance(old, Tensor) and old.device == ok.device:
-                new.copy_(torch.where(ok, new, old))
-    optimizer.zero_grad(set_to_none=True)
-    return ok
 
 
 def _shapes(state_dict: dict[str, Tensor]) -> dict[str, list[int]]:

@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from reweight.forwards import plain_attention
-from reweight.values import Product, Values, is_large_product, is_plain
+from reweight._passes.primal_cache import PrimalCache, Product, is_large_product, is_plain
 
 
 class TangentsWithGradients(TorchFunctionMode):
@@ -46,9 +45,9 @@ class TangentsWithGradients(TorchFunctionMode):
 class _ForwardMode(TangentsWithGradients):
     """Forward mode by the rules of this module, where they apply."""
 
-    def __init__(self, values: Values) -> None:
+    def __init__(self, cache: PrimalCache) -> None:
         super().__init__()
-        self._values = values
+        self._cache = cache
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +75,7 @@ class _ForwardMode(TangentsWithGradients):
         (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, product.tensors)
         if dweight is None and (dx is None or dbias is not None):
             return None
-        value = self._values.recall(product._replace(tensors=(x, weight, bias)))
+        value = self._cache.recall(product._replace(tensors=(x, weight, bias)))
         if value is None:
             value = product(x, weight, bias)
         tangent = None if dweight is None else product(x, dweight, dbias)
@@ -223,9 +222,21 @@ def _dual(value: Tensor, tangent: Tensor) -> Tensor:
 
 
 @contextmanager
-def tangents_follow_gradients(values: Values) -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
+    """Attention as plain operations: fused kernels have no forward mode and no double backward."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def tangents_follow_gradients(cache: PrimalCache) -> Iterator[None]:
     """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
-    with plain_attention(), _ForwardMode(values):
+    with plain_attention(), _ForwardMode(cache):
         yield
 
 

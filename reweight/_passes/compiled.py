@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from reweight.duals import TangentsWithGradients
-from reweight.forwards import call, plain_attention
-from reweight.places import by_place, run_with
+from reweight._passes.forward import call
+from reweight._passes.forward_mode import TangentsWithGradients, plain_attention
+from reweight._passes.functional import by_place, run_with
 
 _logger = logging.getLogger("reweight")
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -1,22 +1,19 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
+from reweight._checks import check_function
+from reweight._passes.functional import run_with
+from reweight._passes.snapshots import Beginning
+from reweight._ranks.shards import placed
 from reweight.batches import describe
-from reweight.checks import check_function
 from reweight.losses import ExitLosses, logits_kept
-from reweight.places import run_with
-from reweight.shards import placed
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 T = TypeVar("T")
@@ -52,7 +49,7 @@ class ExitForward:
         inputs: Any,
         target: Any,
         *,
-        beginning: "Beginning",
+        beginning: Beginning,
         within: AbstractContextManager[Any] | None = None,
         wrapped: bool = True,
     ) -> ExitLosses:
@@ -160,141 +157,3 @@ def require_graph(losses: ExitLosses) -> ExitLosses:
             "graph. Are all parameters frozen, or gradients switched off?"
         )
     return losses
-
-
-class RandomState:
-    """The state of the generators that the model may draw from, now.
-
-    Those are the global ones of PyTorch, NumPy and Python, and ``torch.Generator`` attributes of
-    the model's modules.
-
-    Args:
-        model: its devices are looked at.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        devices = {parameter.device for parameter in model.parameters()}
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._generators = [
-            (value, value.get_state())
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, torch.Generator)
-        ]
-        self._others = {
-            device: getattr(torch, device.type).get_rng_state(device)
-            for device in devices
-            if device.type not in ("cpu", "meta")
-        }
-
-    def restore(self) -> None:
-        """Put the generators back to where they were."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for generator, state in self._generators:
-            generator.set_state(state)
-        for device, state in self._others.items():
-            getattr(torch, device.type).set_rng_state(state, device)
-
-
-class Beginning:
-    """What a forward begins with and may change: buffers and random state, now.
-
-    Args:
-        model: looked at now.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.random_state = RandomState(model)
-        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
-        self._places = [
-            (module, name, buffer, values[id(buffer)])
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    def restore(self) -> None:
-        """Put both back to where they were.
-
-        Through ``data``, for a graph that holds a buffer would take any change for one that spoils
-        it, even the change back.
-        """
-        self.random_state.restore()
-        for module, name, buffer, value in self._places:
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer
-
-
-class Gradients:
-    """What ``.grad`` of these parameters holds, now.
-
-    Args:
-        parameters: looked at now.
-        copy: whether gradients that are there already are copied, for a backward that adds to them.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], *, copy: bool = False) -> None:
-        self._gradients = [
-            (p, p.grad.clone() if copy and p.grad is not None else p.grad) for p in parameters
-        ]
-
-    def clear(self) -> None:
-        """Take them away."""
-        for parameter, _ in self._gradients:
-            parameter.grad = None
-
-    def restore(self) -> None:
-        """Put them back."""
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as plain operations: fused kernels have no forward mode and no double backward."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-class DifferenceWatch(TorchFunctionMode):
-    """Notices what differences must know of the block: cuts from the graph, and low precision."""
-
-    cuts = False
-    precision = 0.0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the function; looks at which it is, and at what it gives."""
-        if func in _CUTS or (func is torch._C._set_grad_enabled and args == (False,)):
-            self.cuts = True
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.precision = max(self.precision, torch.finfo(result.dtype).eps)
-        return result
-
-
-_CUTS = (
-    Tensor.detach,
-    Tensor.detach_,
-    torch.detach,
-    torch.detach_,
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-)
-
-
-def working_precision(parameters: Mapping[str, Tensor]) -> float:
-    """The coarsest spacing of the numbers a forward computes with, as far as one can know."""
-    dtypes = {parameter.dtype for parameter in parameters.values()}
-    devices = {parameter.device.type for parameter in parameters.values()}
-    dtypes |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -2,31 +2,26 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from reweight._optimizers.accepted import Parameters
+from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._passes.differences import working_precision
+from reweight._passes.forward import ExitForward
+from reweight._passes.primal_cache import PrimalCache
+from reweight._passes.snapshots import Beginning, Gradients
+from reweight._ranks.collectives import num_ranks, sums_by_name
+from reweight._ranks.shards import is_sharded, parameters_of
 from reweight.batches import Batch, num_samples, rows_of
-from reweight.distributed import num_ranks, sums_by_name
-from reweight.forwards import Beginning, ExitForward, Gradients, working_precision
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
-from reweight.optimizers import Parameters
-from reweight.shards import is_sharded, parameters_of
-from reweight.updates import PseudoUpdate
-from reweight.values import Values
 
 Judge: TypeAlias = Callable[[MetaLoss, Parameters], tuple[Tensor, ...]]
 """Takes L_meta and what holds θ̂ by name, for as long as it does."""
-
-
-class LookAhead(NamedTuple):
-    """The step that is judged, of gradients that are leaves: the optimizer's arithmetic alone."""
-
-    gradients: Parameters
-    update: PseudoUpdate
 
 
 class FirstForward(NamedTuple):
@@ -36,7 +31,7 @@ class FirstForward(NamedTuple):
         batch: inputs and target.
         beginning: what it began with.
         losses: what it came to, with its graph.
-        values: what its products came to.
+        cache: what its products came to.
         moved: the parameters that the look-ahead moves, by name.
         accumulated: the gradients that those of L_tr are added to, by name.
         sample_shares: the factor of w[i,k]·l[i,k] in L_tr, shape [B, 1]: the share of each sample
@@ -50,14 +45,28 @@ class FirstForward(NamedTuple):
     batch: Batch
     beginning: Beginning
     losses: ExitLosses
-    values: Values
+    cache: PrimalCache
     moved: Parameters
     accumulated: Parameters
     sample_shares: Tensor
     keep_graph: bool
     gradients: Parameters | None = None
     before: Parameters | None = None
-    ahead: LookAhead | None = None
+    ahead: PseudoUpdate | None = None
+
+
+class Hypergradient(NamedTuple):
+    """∂L_meta/∂w and what came with it, all without a graph.
+
+    Attributes:
+        value: shape [B, K], that of this rank's samples.
+        meta_loss: L_meta at θ̂ and the shares it rests on.
+        num_zero_moments: entries of the update with no derivative, taken as 0.
+    """
+
+    value: Tensor
+    meta_loss: MetaLoss
+    num_zero_moments: Tensor | int
 
 
 def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
@@ -78,34 +87,91 @@ def leaves(tensors: Parameters) -> Parameters:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetaProblem:
-    """One meta step, as functions of the parameters.
+    """One meta step after that first forward, as functions of the parameters; the state is now's.
 
     Attributes:
+        forward: inputs and target → losses.
+        model: whose parameters these are.
+        objective: losses of the meta batch → L_meta.
         first: the forward at θ.
-        everything: all parameters of the model.
+        rows: what the estimator sees of its batch; None for all.
+        meta: the meta batch; or its losses with their graph, where it has gone through the updated
+            model already.
         weights: w[i,k], shape [B, K], without a graph.
         update: U, gradients → θ̂.
-        meta_loss: (θ̂, f) → f(L_meta, θ̂), with θ̂ in place while f runs.
-        keep_meta_graph: whether the graph of the meta losses is wanted once more.
-        replay: (some of θ, tangents of some, context) → l, the same forward once more, random state
-            included, without a graph, of some of the rows; the model is called within the context.
-        spread: what is linear in the losses of those rows → an unbiased estimate of it for all.
         grad_scale: what gradients are multiplied by on their way through low precision, or None.
+        everything: all parameters of the model, by name.
         precision: spacing of the numbers that the forward computes with.
     """
 
+    forward: ExitForward
+    model: nn.Module
+    objective: Objective
     first: FirstForward
-    everything: Parameters
+    rows: Tensor | None
+    meta: Batch | ExitLosses
     weights: Tensor
     update: Callable[[Parameters], PseudoUpdate]
-    meta_loss: Callable[[Parameters, Judge], tuple[MetaLoss, tuple[Tensor, ...]]]
-    keep_meta_graph: bool
-    replay: Callable[[Parameters, Parameters, AbstractContextManager[Any]], Tensor]
-    spread: Callable[[Tensor], Tensor]
     grad_scale: Tensor | None
-    precision: float
+    everything: Parameters = field(init=False)
+    precision: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._after, self.everything = Beginning(self.model), parameters_of(self.model)
+        self.precision = working_precision(self.first.moved)
+
+    def meta_loss(self, at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+        """L_meta at θ̂, and what the judge makes of it with θ̂ in place."""
+        meta = self.meta
+        in_place = isinstance(meta, ExitLosses)
+        holders = {n: self.everything[n] if in_place or is_sharded(p) else p for n, p in at.items()}
+
+        def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
+            value, shares = require_meta_loss(self.objective(losses))
+            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares), holders)
+
+        if isinstance(meta, ExitLosses):
+            return then(meta)
+        self._after.random_state.restore()
+        return self.forward.at(at, self._after.buffers, *meta, then)
+
+    def replay(
+        self, at: Parameters, tangents: Parameters, within: AbstractContextManager[Any]
+    ) -> Tensor:
+        """The losses at some other θ, or with tangents: the same forward again, without a graph.
+
+        The random state is replayed, and only the rows are seen; the model is called within the
+        context.
+        """
+        first, rows = self.first, self.rows
+        inputs, target = first.batch
+        if rows is not None:
+            inputs, target = rows_of(inputs, rows), rows_of(target, rows)
+        first.beginning.random_state.restore()
+        detached = {name: parameter.detach() for name, parameter in self.everything.items()}
+        return self.forward.at(
+            {**detached, **(first.before or {}), **at},
+            first.beginning.buffers,
+            inputs,
+            target,
+            lambda exits: exits.losses,
+            within=within,
+            tangents=tangents,
+        )
+
+    def spread(self, product: Tensor) -> Tensor:
+        """Of what is linear in the losses of the rows, an unbiased estimate for all samples."""
+        if self.rows is None:
+            return product
+        # E[spread] is the product of all rows: each is drawn with probability n / B. A row of the
+        # batch is one of the losses, or, of a language model, as many as it has tokens.
+        losses, rows = self.first.losses.losses, self.rows
+        num_rows = num_samples(self.first.batch)
+        whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
+        whole[rows] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
+        return whole.view_as(losses)
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
         """What ``.grad`` will hold on every rank with these weights, or holds already."""
@@ -157,12 +223,9 @@ class MetaProblem:
             for name, gradient in zip(parameters, found, strict=True)
         }
 
-    def look_ahead(self) -> LookAhead:
-        """The step with these weights."""
-        if self.first.ahead is not None:
-            return self.first.ahead
-        gradients = leaves(self.train_gradients(self.weights))
-        return LookAhead(gradients, self.update(gradients))
+    def look_ahead(self) -> PseudoUpdate:
+        """The step with these weights, of gradients that are leaves: the optimizer's arithmetic."""
+        return self.first.ahead or self.update(leaves(self.train_gradients(self.weights)))
 
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""
@@ -171,74 +234,3 @@ class MetaProblem:
     def unscaled(self, gradient: Tensor) -> Tensor:
         """What came of it, back in its own size."""
         return gradient if self.grad_scale is None else gradient / self.grad_scale.to(gradient)
-
-
-def meta_problem(
-    *,
-    forward: ExitForward,
-    model: nn.Module,
-    objective: Objective,
-    first: FirstForward,
-    rows: Tensor | None,
-    meta: Batch | ExitLosses,
-    weights: Tensor,
-    update: Callable[[Parameters], PseudoUpdate],
-    grad_scale: Tensor | None,
-) -> MetaProblem:
-    """The meta step after that first forward; the state is now's.
-
-    Of its batch the estimator sees these rows, or all if they are None. The meta batch may have
-    gone through the updated model already: then ``meta`` is its losses, with their graph.
-    """
-    after, everything = Beginning(model), parameters_of(model)
-    batch, losses = first.batch, first.losses.losses
-    if rows is not None:
-        batch = rows_of(batch[0], rows), rows_of(batch[1], rows)
-
-    def meta_loss(at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
-        in_place = isinstance(meta, ExitLosses)
-        holders = {n: everything[n] if in_place or is_sharded(p) else p for n, p in at.items()}
-
-        def then(losses: ExitLosses) -> tuple[MetaLoss, tuple[Tensor, ...]]:
-            value, shares = require_meta_loss(objective(losses))
-            return MetaLoss(value.detach(), shares), judge(MetaLoss(value, shares), holders)
-
-        if isinstance(meta, ExitLosses):
-            return then(meta)
-        after.random_state.restore()
-        return forward.at(at, after.buffers, *meta, then)
-
-    def replay(at: Parameters, tangents: Parameters, within: AbstractContextManager[Any]) -> Tensor:
-        first.beginning.random_state.restore()
-        detached = {name: parameter.detach() for name, parameter in everything.items()}
-        return forward.at(
-            {**detached, **(first.before or {}), **at},
-            first.beginning.buffers,
-            *batch,
-            lambda exits: exits.losses,
-            within=within,
-            tangents=tangents,
-        )
-
-    def spread(product: Tensor) -> Tensor:
-        if rows is None:
-            return product
-        # E[spread] is the product of all rows: each is drawn with probability n / B. A row of the
-        # batch is one of the losses, or, of a language model, as many as it has tokens.
-        num_rows = num_samples(first.batch)
-        whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
-        whole[rows] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
-        return whole.view_as(losses)
-
-    return MetaProblem(
-        first=first,
-        everything=everything,
-        weights=weights.detach(),
-        update=update,
-        meta_loss=meta_loss,
-        keep_meta_graph=isinstance(meta, ExitLosses),
-        replay=replay,
-        spread=spread,
-        grad_scale=grad_scale,
-        precision=working_precision(first.moved),
-    )

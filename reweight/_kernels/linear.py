@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reweight.kernels.composite import counted, derivative
-from reweight.kernels.function import is_plain, kernel_backward, kernel_forward
+from reweight._kernels.composite import counted, derivative
+from reweight._kernels.function import is_plain, kernel_backward, kernel_forward
 
 Context: TypeAlias = Any
 

@@ -14,8 +14,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from reweight.kernels import torch_kernels
-from reweight.kernels.composite import counted, derivative
+from reweight._kernels import torch_kernels
+from reweight._kernels.composite import counted, derivative
 
 Context: TypeAlias = Any
 
@@ -168,7 +168,7 @@ def kernel_forward(
     """Losses, confidence, correctness, peak [K, N]; exponentials, of "torch" alone, if kept."""
     if implementation == "torch":
         return torch_kernels.forward(logits, target, ignore_index, label_smoothing, keep)
-    from reweight.kernels import triton_kernels
+    from reweight._kernels import triton_kernels
 
     ignored = _NO_CLASS if ignore_index is None else ignore_index
     return *triton_kernels.forward(logits, target, ignored, label_smoothing), []
@@ -190,7 +190,7 @@ def kernel_backward(
         return torch_kernels.backward(
             sources, target, ignore_index, label_smoothing, peak, confidence, upstream, in_place
         )
-    from reweight.kernels import triton_kernels
+    from reweight._kernels import triton_kernels
 
     assert peak is not None
     ignored = _NO_CLASS if ignore_index is None else ignore_index

@@ -37,7 +37,7 @@ _UNSEEN = {
 _LARGE = 1 << 14  # elements; below, Python costs more than the arithmetic it saves
 
 
-class Values(TorchFunctionMode):
+class PrimalCache(TorchFunctionMode):
     """What the products of a forward came to: as a context it takes note, then it is asked.
 
     A result is given back only for the very same bytes of input, weight and bias, so it is bitwise

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reweight.batches import Batch, drawn_rows
-from reweight.checks import check_choice, check_function, check_number, check_positive, kind
-from reweight.forwards import ExitForward
-from reweight.hypergradient import ESTIMATORS, Hypergradient, estimate
-from reweight.losses import ExitLosses
-from reweight.objectives import Objective
-from reweight.optimizers import (
+from reweight._checks import check_choice, check_function, check_number, check_positive, kind
+from reweight._meta.problem import FirstForward, MetaProblem
+from reweight._optimizers.accepted import (
     AnyOptimizer,
     Exactness,
     Parameters,
@@ -22,9 +18,12 @@ from reweight.optimizers import (
     held_parameters,
     log_what_stays,
 )
-from reweight.problem import FirstForward, MetaProblem, meta_problem
-from reweight.shards import require_reduced, sharded_modules
-from reweight.updates import pseudo_update
+from reweight._optimizers.pseudo_update import pseudo_update
+from reweight._passes.forward import ExitForward
+from reweight._ranks.shards import require_reduced
+from reweight.batches import Batch, drawn_rows
+from reweight.losses import ExitLosses
+from reweight.objectives import Objective
 
 
 @dataclass
@@ -35,7 +34,6 @@ class Lookahead:
     forward: ExitForward
     optimizers: tuple[AnyOptimizer, ...]
     objective: Objective
-    estimator: str
     exactness: Exactness
     clip_grad_norm: float | None
     scaler: torch.amp.GradScaler | None
@@ -43,16 +41,12 @@ class Lookahead:
     moves: Callable[[str], bool] | None
     waiting: FirstForward | None = field(default=None, init=False)
     """The step that the next train batch will judge, as :meth:`postponed` made it."""
-    _is_checked: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("pseudo_update", self.exactness, ("exact", "gradient_descent"))
         if self.clip_grad_norm is not None:
             check_positive("clip_grad_norm", self.clip_grad_norm)
         check_number("train_fraction", self.train_fraction)
-        if self.estimator == "unrolled" and sharded_modules(self.model):
-            raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"`train_fraction` must lie in (0, 1], got {self.train_fraction}.")
         for optimizer in self.optimizers:
@@ -89,18 +83,13 @@ class Lookahead:
         """What a gradient is to begin with, where a GradScaler is in use."""
         return tensor if self.scaler is None else self.scaler.scale(tensor)
 
-    def hypergradient(
+    def problem(
         self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int
-    ) -> Hypergradient:
-        """∂L_meta/∂w of the step after that forward; the seed draws the rows that it is of."""
+    ) -> MetaProblem:
+        """The meta step after that forward; the seed draws the rows that it is learned from."""
         require_reduced(self.model)
         rows = drawn_rows(first.batch, self.train_fraction, seed)
-        problem = self._problem(first, meta, weights, rows)
-        # Once, where both ways to the same number are there, it is made sure that they agree.
-        check = not (self._is_checked or first.accumulated) and rows is None
-        hypergradient, self.estimator = estimate(self.estimator, problem, check=check)
-        self._is_checked = self._is_checked or check
-        return hypergradient
+        return self._problem(first, meta, weights, rows)
 
     def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:
         """The same, to be judged when the optimizer has made the step: by the next train batch.
@@ -111,7 +100,7 @@ class Lookahead:
         ahead = self._problem(first, first.losses, weights, None).look_ahead()
         held = self.held()
         before = {name: parameter.detach().clone() for name, parameter in held.items()}
-        first.values.follow({id(parameter): before[name] for name, parameter in held.items()})
+        first.cache.follow({id(parameter): before[name] for name, parameter in held.items()})
         moved = {name: before[name] for name in first.moved}
         return first._replace(moved=moved, before=before, ahead=ahead)
 
@@ -133,21 +122,21 @@ class Lookahead:
         weights: Tensor,
         rows: Tensor | None,
     ) -> MetaProblem:
-        one = first.losses.losses.new_ones(())
-        return meta_problem(
-            forward=self.forward,
-            model=self.model,
-            objective=self.objective,
-            first=first,
-            rows=rows,
-            meta=meta,
-            weights=weights,
-            update=partial(
-                pseudo_update,
-                self.optimizers,
-                first.moved,
-                exactness=self.exactness,
-                clip_grad_norm=self.clip_grad_norm,
-            ),
-            grad_scale=None if self.scaler is None else self.scaled(one),
+        update = partial(
+            pseudo_update,
+            self.optimizers,
+            first.moved,
+            exactness=self.exactness,
+            clip_grad_norm=self.clip_grad_norm,
+        )
+        return MetaProblem(
+            self.forward,
+            self.model,
+            self.objective,
+            first,
+            rows,
+            meta,
+            weights.detach(),
+            update,
+            None if self.scaler is None else self.scaled(first.losses.losses.new_ones(())),
         )

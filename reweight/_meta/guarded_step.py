@@ -1,0 +1,58 @@
+"""A step of an optimizer that is taken or not, and can be taken back."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Snapshot:
+    """The parameters of an optimizer and its state, now."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.states = [
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in optimizer.state[p].items()
+            }
+            if p in optimizer.state
+            else None
+            for p in self.parameters
+        ]
+
+    def restore(self) -> None:
+        """Put both back."""
+        for parameter, value, state in zip(self.parameters, self.values, self.states, strict=True):
+            parameter.data.copy_(value)
+            self._optimizer.state.pop(parameter, None)
+            if state is not None:
+                self._optimizer.state[parameter] = state
+
+
+def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+    """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
+
+    Nothing either if the step leads to a parameter that is not finite. Takes the gradients away
+    afterwards. State that lives on another device than ``ok`` (the step count of Adam, on the CPU)
+    moves on in either case.
+
+    Returns:
+        Whether the step was taken, bool, scalar.
+    """
+    for parameter in before.parameters:
+        if parameter.grad is not None:
+            parameter.grad = torch.where(ok, parameter.grad, 0)
+    optimizer.step()
+    ok = ok & torch.stack([p.data.isfinite().all() for p in before.parameters]).all()
+    for parameter, value, state in zip(
+        before.parameters, before.values, before.states, strict=True
+    ):
+        parameter.data.copy_(torch.where(ok, parameter.data, value))
+        for name, old in (state or {}).items():
+            new = optimizer.state[parameter][name]
+            if isinstance(old, Tensor) and old.device == ok.device:
+                new.copy_(torch.where(ok, new, old))
+    optimizer.zero_grad(set_to_none=True)
+    return ok

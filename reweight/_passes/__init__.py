@@ -1,0 +1,3 @@
+"""The user's model run again, without leaving a trace; these modules are for others."""
+
+__all__ = ["compiled", "differences", "forward", "forward_mode", "primal_cache", "snapshots"]

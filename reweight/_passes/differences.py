@@ -1,0 +1,43 @@
+"""What finite differences must know of a forward: cuts from the graph, and its precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class DifferenceWatch(TorchFunctionMode):
+    """Notices what differences must know of the block: cuts from the graph, and low precision."""
+
+    cuts = False
+    precision = 0.0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function; looks at which it is, and at what it gives."""
+        if func in _CUTS or (func is torch._C._set_grad_enabled and args == (False,)):
+            self.cuts = True
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.precision = max(self.precision, torch.finfo(result.dtype).eps)
+        return result
+
+
+_CUTS = (
+    Tensor.detach,
+    Tensor.detach_,
+    torch.detach,
+    torch.detach_,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+)
+
+
+def working_precision(parameters: Mapping[str, Tensor]) -> float:
+    """The coarsest spacing of the numbers a forward computes with, as far as one can know."""
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    devices = {parameter.device.type for parameter in parameters.values()}
+    dtypes |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)

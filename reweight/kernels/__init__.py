@@ -1,1 +1,0 @@
-"""Implementations of per-exit cross-entropy; only ``losses.py`` imports them."""
