@@ -18,6 +18,7 @@ class Update(NamedTuple):
         nonfinite: whether train losses, meta loss and hypergradient held a value that is not
             finite, on any rank, and whether the reweighter would have come to, shape [4], bool.
         num_zero_moments: entries of the pseudo update with no derivative, taken as 0.
+        difference: how far the two ways to what the weights do are apart, scalar, or None.
         undo: puts the reweighter and its optimizer back.
     """
 
@@ -25,6 +26,7 @@ class Update(NamedTuple):
     hypergradient_norm: Tensor
     nonfinite: Tensor
     num_zero_moments: Tensor | int
+    difference: Tensor | None
     undo: Callable[[], None]
 
 
@@ -46,6 +48,10 @@ class StepResult(NamedTuple):
             One True and the reweighter stayed as it was.
         num_zero_moments: entries whose update has no derivative (Adam, gradient and second moment
             both 0); it was taken as 0. Of sharded parameters those of this rank are counted.
+        backward_difference: how far ∂L_meta/∂w is from what the backward of the model says: the
+            relative difference of Σ w·∂L_meta/∂w and ⟨v, ∇L_tr⟩, which are equal; scalar, or None
+            where there was no update, or one of some rows of the train batch alone. Rounding, or
+            the step warns.
     """
 
     losses: ExitLosses
@@ -56,6 +62,7 @@ class StepResult(NamedTuple):
     hypergradient_norm: Tensor | None = None
     nonfinite: Tensor | None = None
     num_zero_moments: Tensor | int = 0
+    backward_difference: Tensor | None = None
 
     def summary(self) -> str:
         """One line for a log; waits for the device."""
@@ -108,4 +115,5 @@ class StepResult(NamedTuple):
             update.hypergradient_norm,
             update.nonfinite,
             update.num_zero_moments,
+            update.difference,
         )

@@ -22,7 +22,7 @@ from reweight._passes.forward_mode import plain_attention
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning, Gradients
 from reweight._ranks.collectives import joined, num_ranks
-from reweight._ranks.shards import begin_anew, parameters_of
+from reweight._ranks.shards import begin_anew, parameters_of, sharded_modules
 from reweight._ranks.wrappers import averages, is_unsettled, unwrap
 from reweight.batches import Batch, unpack
 from reweight.losses import ExitLosses, exit_cross_entropy
@@ -113,8 +113,6 @@ class MetaReweightStep:
     ) -> None:
         check_flag("lean", lean)
         check_flag("lagged", lagged)
-        if estimator == "unrolled" and (lagged or train_fraction < 1):
-            raise ValueError("`estimator` cannot be 'unrolled' with `lagged` or `train_fraction`.")
         self._inner, self._group = unwrap(model)
         self.model, self.reweighter, self.lean, self.lagged = model, reweighter, lean, lagged
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
@@ -135,7 +133,8 @@ class MetaReweightStep:
             train_fraction=train_fraction,
             moves=moves,
         )
-        self._estimator = Estimator(estimator, self._inner)
+        other_ways = lagged or train_fraction < 1 or sharded_modules(self._inner) or compiled
+        self._estimator = Estimator(estimator, may_unroll=not other_ways)
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
         with joined(self._group):
             self._learner.require_same(options, next(model.parameters()).device)
@@ -205,6 +204,8 @@ class MetaReweightStep:
                 within = cache if due and not lean else None
                 losses = require_graph(forward(within=within, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
+                if lagged:  # its backward, which adds to them, comes before they are looked at
+                    grads = {name: gradient.clone() for name, gradient in grads.items()}
                 first = FirstForward(
                     train, beginning, losses, cache, moved, grads, shares, keep_graph=not lean
                 )
@@ -279,9 +280,17 @@ class MetaReweightStep:
             self._learner.warn_if_cold(self.optimizers)
         after, weights = Beginning(self._inner), self._learner.weights(first.losses)
         seed = self._learner.num_updates
-        hypergradient = self._estimator(self._lookahead.problem(first, meta, weights, seed))
+        problem = self._lookahead.problem(first, meta, weights, seed)
+        gradients = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
+        gradients.clear()  # a backward within the model's own may add to them
+        try:
+            hypergradient = self._estimator(problem)
+        finally:
+            gradients.restore()
         after.restore()  # buffers too: checkpointing runs the model again in each backward
-        return self._learner.learn(first.losses, weights, hypergradient)
+        update = self._learner.learn(first.losses, weights, hypergradient)
+        self._estimator.expect(update.difference, problem.precision)
+        return update
 
     @property
     def num_skipped(self) -> Tensor:

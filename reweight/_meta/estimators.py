@@ -11,20 +11,22 @@ ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al.,
 
 import logging
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 
 from reweight._checks import check_choice
+from reweight._meta.consistency import Later, blame, both_ways, of_all_ranks
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
-from reweight._ranks.collectives import num_ranks, sums_over_ranks
-from reweight._ranks.shards import is_sharded, sharded_modules, whole
+from reweight._ranks.collectives import sums_over_ranks
+from reweight._ranks.shards import is_sharded, whole
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss
 
@@ -85,11 +87,14 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
 def unrolled(problem: MetaProblem) -> Hypergradient:
     """Exact, by differentiating the gradient itself (double backward): the slow reference."""
     weights = problem.weights.detach().requires_grad_()
-    update = problem.update(problem.train_gradients(weights, create_graph=True))
-    meta_loss, (value,) = problem.meta_loss(
-        update.parameters, lambda meta_loss, _: _grad(meta_loss.value, [weights])
+    gradients = problem.train_gradients(weights, create_graph=True)
+    update = problem.update(gradients)
+    sources = [weights, *gradients.values()]
+    meta_loss, (value, *direction) = problem.meta_loss(
+        update.parameters, lambda meta_loss, _: _grad(meta_loss.value, sources)
     )
-    return Hypergradient(value, meta_loss, update.num_zero_moments)
+    parts = both_ways(problem, gradients, dict(zip(gradients, direction, strict=True)), value)
+    return Hypergradient(value, meta_loss, update.num_zero_moments, parts)
 
 
 def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Parameters]:
@@ -134,34 +139,6 @@ def _through_hooks(parameter: Tensor, tangent: Tensor) -> Tensor:
     return tangent
 
 
-def _warn_unless_consistent(
-    problem: MetaProblem, gradients: Parameters, tangents: Parameters, value: Tensor
-) -> None:
-    """⟨v, ∇L_tr⟩ is known twice, as Σ w·∂L_meta/∂w and from the gradient that the backward gave.
-
-    A difference is what forward mode does not see of the backward, or of the hooks; the rounding of
-    either is far below the cubic root of the precision.
-    """
-    terms = problem.weights * value
-    by_backward = sum(
-        whole((tangent * gradients[name].detach()).sum()) for name, tangent in tangents.items()
-    )
-    difference = float((terms.sum() - by_backward).abs() / terms.abs().sum())
-    if difference <= problem.precision ** (1 / 3):
-        return
-    watch = DifferenceWatch()  # there may be autocast inside the model
-    problem.replay({}, {}, watch)
-    if difference > watch.precision ** (1 / 3):
-        warnings.warn(
-            "Hypergradients are approximate: the backward of the model is not the derivative of "
-            f"its forward, by {difference:.1%} of what the weights do. Does a hook of a module or "
-            "an activation change gradients, or one of a parameter other than by a mask or factor, "
-            "or a custom autograd.Function, or does the forward differ when it is run again? "
-            "Write a scaled gradient as x*s + (x*(1-s)).detach(), or use estimator='unrolled'.",
-            stacklevel=2,
-        )
-
-
 def _grad(
     outputs: Any, inputs: Any, cotangents: Any = None, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
@@ -180,50 +157,124 @@ _FUNCTION_ADVICE = (
 
 
 class Estimator:
-    """The hypergradient of a meta step.
+    """The hypergradient of a meta step, and whether it can be trusted.
 
-    "auto" is forward mode, until PyTorch says that an operation of the model has none: from then on
-    it is finite differences, and the log says which operation decided. Once, where both ways to the
-    same number are there (all rows, no accumulated gradients, a single rank, for several would have
-    to send something), it is made sure that they agree.
+    "auto" is forward mode, until PyTorch says that an operation of the model has none, or until the
+    check of :mod:`reweight._meta.consistency` has failed at three updates in a row: from then on it
+    is another estimator, and the log says which and why.
 
     Args:
         name: "auto", "forward", "finite_difference" or "unrolled"; changes as said.
-        model: which is differentiated.
+        may_unroll: whether double backward is possible in this kind of step.
 
     Raises:
         ValueError: there is no such estimator, or not for this model.
     """
 
-    def __init__(self, name: str, model: nn.Module) -> None:
+    def __init__(self, name: str, *, may_unroll: bool) -> None:
         check_choice("estimator", name, ("auto", "forward", "finite_difference", "unrolled"))
-        if name == "unrolled" and sharded_modules(model):
-            raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
-        self.name = name
-        self._is_checked = False
+        if name == "unrolled" and not may_unroll:
+            raise ValueError(
+                "`estimator` cannot be 'unrolled' with `lagged`, `train_fraction` or a model of "
+                "fully_shard."
+            )
+        self.name, self._is_auto, self._may_unroll = name, name == "auto", may_unroll
+        self._precision = 0.0  # of the numbers inside the model, where they are coarser
+        self._last: tuple[Later, float] | None = None
+        self._is_first, self._failures = True, 0
 
     def __call__(self, problem: MetaProblem) -> Hypergradient:
         """∂L_meta/∂w of this step."""
-        check = not (self._is_checked or problem.first.accumulated) and problem.rows is None
         if self.name == "unrolled":
             return unrolled(problem)
         ahead = problem.look_ahead()
         meta_loss, direction = _direction(problem, ahead)
-        tangents = {
-            name: _through_hooks(problem.everything[name], tangent)
-            for name, tangent in direction.items()
-        }
-        product = (
-            None if self.name == "finite_difference" else self._dual_product(problem, tangents)
+
+        def estimated(names: Iterable[str]) -> tuple[Tensor, Tensor]:
+            """∂L_meta/∂w by way of these parameters, and what the check needs."""
+            v = {name: direction[name] for name in names}
+            tangents = {n: _through_hooks(problem.everything[n], each) for n, each in v.items()}
+            product = self._dual_product(problem, tangents)
+            if product is None:
+                product = difference_product(problem, tangents)
+            value = (problem.first.sample_shares * problem.spread(product)).detach()
+            return value, both_ways(problem, ahead.gradients, v, value)
+
+        value, parts = estimated(direction)
+        found = Hypergradient(value, meta_loss, ahead.num_zero_moments)
+        if problem.rows is not None:  # of which alone there is no gradient
+            return found
+        if self._is_first or self._has_failed():
+            self._is_first = False
+            self._look(problem, parts, list(direction), lambda names: estimated(names)[1])
+        return found._replace(both_ways=parts)
+
+    def expect(self, difference: Tensor | None, precision: float) -> None:
+        """Take note of how far the last update was off, to look at in the next one."""
+        if difference is not None:
+            self._last = Later(difference), self._tolerance(precision)
+
+    def _has_failed(self) -> bool:
+        last, self._last = self._last, None
+        failed = last is not None and last[0].read() > last[1]
+        self._failures *= failed
+        return failed
+
+    def _tolerance(self, precision: float) -> float:
+        """Rounding of either way is far below the cubic root; kinks of differences are not."""
+        root: float = max(precision, self._precision) ** (1 / 3)
+        return min(20 * root, 0.5) if self.name == "finite_difference" else root
+
+    def _look(
+        self,
+        problem: MetaProblem,
+        parts: Tensor,
+        names: list[str],
+        parts_of: Callable[[list[str]], Tensor],
+    ) -> None:
+        """Warn if both ways differ, and say what does; after the third time take another way."""
+        difference = of_all_ranks(parts)
+        if not difference > self._tolerance(problem.precision):
+            self._failures = 0
+            return
+        watch = DifferenceWatch()  # there may be autocast inside the model
+        problem.replay({}, {}, watch)
+        self._precision = watch.precision
+        tolerance = self._tolerance(problem.precision)
+        if not difference > tolerance:
+            return
+        self._failures += 1
+        if self._failures == 1:
+            blamed = blame(names, lambda some: of_all_ranks(parts_of(some)) > tolerance)
+            where = f" through {', '.join(blamed)}" if blamed else ""
+            warnings.warn(
+                "Hypergradients do not agree with the backward of the model: it is not the "
+                f"derivative of the forward, by {difference:.2g} of what the weights do{where}. "
+                "Does a hook of a module or an activation change gradients, or one of a parameter "
+                "other than by a mask or factor, or a custom autograd.Function, or does the "
+                "forward differ when it is run again? Write a scaled gradient as "
+                "x*s + (x*(1-s)).detach(), or use estimator='unrolled'.",
+                stacklevel=2,
+            )
+        elif self._failures == 3 and self._is_auto:
+            self._move_on(problem, parts_of, names)
+
+    def _move_on(
+        self, problem: MetaProblem, parts_of: Callable[[list[str]], Tensor], names: list[str]
+    ) -> None:
+        """To finite differences if they agree with the backward, or else to double backward."""
+        before, self.name = self.name, "finite_difference"
+        agree = before != self.name and of_all_ranks(parts_of(names)) <= self._tolerance(
+            problem.precision
         )
-        exact = product is not None
-        if product is None:
-            product = difference_product(problem, tangents)
-        value = (problem.first.sample_shares * problem.spread(product)).detach()
-        if check and exact and num_ranks() == 1:
-            _warn_unless_consistent(problem, ahead.gradients, direction, value)
-        self._is_checked = self._is_checked or check
-        return Hypergradient(value, meta_loss, ahead.num_zero_moments)
+        if not agree:
+            self.name = "unrolled" if self._may_unroll else before
+        if self.name != before:
+            _logger.warning(
+                "estimator=%r from here on: by the one before, hypergradients did not agree with "
+                "the backward of the model in three updates in a row.",
+                self.name,
+            )
 
     def _dual_product(self, problem: MetaProblem, tangents: Parameters) -> Tensor | None:
         """By forward mode; None, for good, if the model has an operation without."""

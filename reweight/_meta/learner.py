@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
+from reweight._meta.consistency import relative_difference
 from reweight._meta.guarded_step import Snapshot, step_where
 from reweight._meta.problem import Hypergradient, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
@@ -93,7 +94,9 @@ class ReweighterLearner:
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
         bad = [~each.isfinite().all() for each in values]
         # From every rank, so that all clip alike, and all skip or none does.
-        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm()]))
+        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
+        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
+        difference = relative_difference(every[:, 5:]) if told else None
         nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
         meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
         ok = ~nonfinite.any()
@@ -123,7 +126,7 @@ class ReweighterLearner:
             nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
         self.num_updates += 1
         self.num_skipped = self.num_skipped.to(ok.device) + ~ok
-        return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, undo)
+        return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, difference, undo)
 
     def require_same(self, options: object, device: torch.device) -> None:
         """Raise ValueError on every rank unless all begin alike, with these options of the step."""

@@ -86,9 +86,13 @@ class Lookahead:
     def problem(
         self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int
     ) -> MetaProblem:
-        """The meta step after that forward; the seed draws the rows that it is learned from."""
+        """The meta step after that forward; the seed draws the rows that it is learned from.
+
+        It is of all rows now and then, for these can be checked.
+        """
         require_reduced(self.model)
-        rows = drawn_rows(first.batch, self.train_fraction, seed)
+        fraction = 1.0 if seed % _UPDATES_BETWEEN_CHECKS == 0 else self.train_fraction
+        rows = drawn_rows(first.batch, fraction, seed)
         return self._problem(first, meta, weights, rows)
 
     def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:
@@ -140,3 +144,6 @@ class Lookahead:
             update,
             None if self.scaler is None else self.scaled(first.losses.losses.new_ones(())),
         )
+
+
+_UPDATES_BETWEEN_CHECKS = 64  # of a train_fraction: what it saves stays saved

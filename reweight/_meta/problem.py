@@ -13,7 +13,7 @@ from reweight._optimizers.pseudo_update import PseudoUpdate
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
-from reweight._passes.snapshots import Beginning, Gradients
+from reweight._passes.snapshots import Beginning
 from reweight._ranks.collectives import num_ranks, sums_by_name
 from reweight._ranks.shards import is_sharded, parameters_of
 from reweight.batches import Batch, num_samples, rows_of
@@ -62,11 +62,14 @@ class Hypergradient(NamedTuple):
         value: shape [B, K], that of this rank's samples.
         meta_loss: L_meta at θ̂ and the shares it rests on.
         num_zero_moments: entries of the update with no derivative, taken as 0.
+        both_ways: what tells whether it agrees with the backward, as ``consistency.both_ways``
+            gives it, shape [3]; None where that cannot be told.
     """
 
     value: Tensor
     meta_loss: MetaLoss
     num_zero_moments: Tensor | int
+    both_ways: Tensor | None = None
 
 
 def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
@@ -85,6 +88,13 @@ def dense(tensor: Tensor) -> Tensor:
 def leaves(tensors: Parameters) -> Parameters:
     """The same numbers, with nothing before them."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def _taken(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """The gradient, and what stands in ``.grad``, which is taken away."""
+    parts = [dense(each) for each in (gradient, parameter.grad) if each is not None]
+    parameter.grad = None
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 @dataclass
@@ -204,23 +214,18 @@ class MetaProblem:
         """∂outputs/∂parameters by name, never sparse; None if the outputs do not depend on one.
 
         Those of this rank; for shards the sum over all, which FSDP's backward brings to ``.grad``.
+        That must be empty before: a backward that the model's own backward runs ends there too.
         """
-        if not any(map(is_sharded, parameters.values())):
-            found: tuple[Tensor | None, ...] = torch.autograd.grad(
-                outputs, list(parameters.values()), cotangents, allow_unused=True, **options
-            )
+        tensors = list(parameters.values())
+        found: tuple[Tensor | None, ...] = (None,) * len(tensors)
+        if any(map(is_sharded, tensors)):
+            # Times the ranks, for that is a mean.
+            outputs.backward(num_ranks() * cotangents, **options)
         else:
-            before = Gradients(self.everything.values())
-            before.clear()
-            try:
-                # Times the ranks, for that is a mean.
-                outputs.backward(num_ranks() * cotangents, **options)
-                found = tuple(parameter.grad for parameter in parameters.values())
-            finally:
-                before.restore()
+            found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True, **options)
         return {
-            name: None if gradient is None else dense(gradient)
-            for name, gradient in zip(parameters, found, strict=True)
+            name: _taken(parameter, gradient)
+            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
         }
 
     def look_ahead(self) -> PseudoUpdate:

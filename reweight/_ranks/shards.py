@@ -5,6 +5,7 @@ Between passes a parameter is a DTensor, of which this rank holds a shard; the h
 put in place as shards, and the gathered parameters get their tangents while they are there.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,15 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's shard, without a graph, or a plain tensor as it is."""
     result: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return result
+
+
+def num_copies(tensor: Any) -> int:
+    """How many ranks hold the same shard as this one; 0 of a plain tensor."""
+    if not is_sharded(tensor):
+        return 0
+    mesh = tensor.device_mesh
+    sizes = [mesh.size(d) for d, place in enumerate(tensor.placements) if place.is_replicate()]
+    return math.prod(sizes)
 
 
 def shard_like(tensor: Any, part: Any) -> Any:
