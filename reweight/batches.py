@@ -1,7 +1,7 @@
 """Batches: pairs of inputs and target, and a train and a meta batch made of one."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -95,7 +95,7 @@ def num_samples(batch: Batch) -> int:
     Raises:
         ValueError: they disagree, or there is none.
     """
-    sizes = {len(tensor) if tensor.dim() else 0 for tensor in _tensors(batch)}
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors_of(batch)}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
             "The tensors of a batch must all have its samples first, got "
@@ -126,15 +126,23 @@ def describe(nested: Any) -> str:
     return type(nested).__name__
 
 
-def _tensors(nested: Any) -> Iterator[Tensor]:
+def tensors_of(nested: Any) -> Iterator[Tensor]:
+    """Every tensor, however nested."""
     if isinstance(nested, Tensor):
         yield nested
     elif isinstance(nested, Mapping):
         for value in nested.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(nested, tuple | list):
         for value in nested:
-            yield from _tensors(value)
+            yield from tensors_of(value)
+
+
+def copied(nested: Any) -> Any:
+    """Copies of every tensor, however nested, with no graph before them."""
+    if isinstance(nested, Tensor):
+        return nested.detach().clone().requires_grad_(nested.requires_grad)
+    return _mapped(copied, nested)
 
 
 def rows_of(nested: Any, rows: slice | Tensor) -> Any:
@@ -145,15 +153,20 @@ def rows_of(nested: Any, rows: slice | Tensor) -> Any:
     """
     if isinstance(nested, Tensor):
         return nested[rows]
-    if isinstance(nested, Mapping):
-        return {key: rows_of(value, rows) for key, value in nested.items()}
     texts = isinstance(nested, tuple | list) and any(isinstance(value, str) for value in nested)
     if texts or isinstance(nested, np.ndarray):
         raise TypeError(
             "A batch must hold its samples in tensors to be divided, got "
             f"{'texts' if texts else 'a NumPy array'}. Convert them in the loader."
         )
+    return _mapped(lambda value: rows_of(value, rows), nested)
+
+
+def _mapped(function: Callable[[Any], Any], nested: Any) -> Any:
+    """A container of what the function makes of each part; what is none stays as it is."""
+    if isinstance(nested, Mapping):
+        return {key: function(value) for key, value in nested.items()}
     if isinstance(nested, tuple | list):
-        parts = [rows_of(value, rows) for value in nested]
+        parts = map(function, nested)
         return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
     return nested

@@ -69,7 +69,12 @@ class StepResult(NamedTuple):
         parts = [f"train loss {self.train_loss.item():.4f}"]
         if self.meta_loss is not None:
             parts.append(f"meta loss {self.meta_loss.item():.4f}")
-        parts.append(f"weights {self.weights.min().item():.2f}…{self.weights.max().item():.2f}")
+        valid = self.losses.valid
+        weights = self.weights if valid is None else self.weights[valid]
+        if weights.numel():
+            parts.append(f"weights {weights.min().item():.2f}…{weights.max().item():.2f}")
+        else:
+            parts.append("no sample counts")
         if self.nonfinite is not None and self.nonfinite.any():
             names = ("train losses", "meta loss", "hypergradient", "reweighter")
             found = [name for name, bad in zip(names, self.nonfinite.tolist(), strict=True) if bad]

@@ -112,7 +112,8 @@ class SampleReweighter(nn.Module):
             logarithm = F.logsigmoid(raw)
             positive = (logarithm - self._largest(logarithm.detach(), exit_losses)).exp()
             mean = self._mean(positive, exit_losses)
-            weights = positive / mean.clamp(min=torch.finfo(raw.dtype).tiny)
+            share = positive / mean.clamp(min=torch.finfo(raw.dtype).tiny)
+            weights = torch.where(mean > 0, share, 1)  # no sample counts
         else:
             bounded = raw.tanh()
             weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))

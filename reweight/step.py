@@ -198,16 +198,18 @@ class MetaReweightStep:
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
-        forward = partial(self._forward, *train, beginning=beginning)
+        spare = self._forward.spare(train) if due else train
+        forward = partial(self._forward, beginning=beginning)
         try:
             with self._attention(), joined(self._group), begin_anew(self._inner):
                 within = cache if due and not lean else None
-                losses = require_graph(forward(within=within, wrapped=not unsettled))
+                batch = self._forward.spare(train) if due and lean else train
+                losses = require_graph(forward(*batch, within=within, wrapped=not unsettled))
                 shares, grads = scale * losses.sample_shares(), gradients_of(moved)
                 if lagged:  # its backward, which adds to them, comes before they are looked at
                     grads = {name: gradient.clone() for name, gradient in grads.items()}
                 first = FirstForward(
-                    train, beginning, losses, cache, moved, grads, shares, keep_graph=not lean
+                    spare, beginning, losses, cache, moved, grads, shares, keep_graph=not lean
                 )
                 if waiting is not None:
                     update = self._update(waiting, losses)
@@ -215,7 +217,7 @@ class MetaReweightStep:
                     update = self._update(first, meta)
                     if lean:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
-                        losses = forward()
+                        losses = forward(*train)
                 with torch.no_grad():
                     weights = self._learner.weights(losses)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
@@ -262,7 +264,7 @@ class MetaReweightStep:
             with self._attention(), joined(self._group), begin_anew(self._inner):
                 learnt = self._forward.at({}, beginning.buffers, *train, learn, within=cache)
         finally:
-            beginning.random_state.restore()
+            beginning.replay()
         return StepResult.of(*learnt)
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,22 +88,22 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     """Exact, by differentiating the gradient itself (double backward): the slow reference."""
     weights = problem.weights.detach().requires_grad_()
     gradients = problem.train_gradients(weights, create_graph=True)
-    update = problem.update(gradients)
+    ahead = problem.update(gradients)
+    meta_loss, cotangents = _cotangents(problem, ahead)
+    # Of all ranks that is the way back through the sum of their gradients.
     sources = [weights, *gradients.values()]
-    meta_loss, (value, *direction) = problem.meta_loss(
-        update.parameters, lambda meta_loss, _: _grad(meta_loss.value, sources)
-    )
-    parts = both_ways(problem, gradients, dict(zip(gradients, direction, strict=True)), value)
-    return Hypergradient(value, meta_loss, update.num_zero_moments, parts)
+    value, *tangents = _grad([ahead.parameters[n] for n in gradients], sources, cotangents)
+    direction = dict(zip(gradients, sums_over_ranks(tangents), strict=True))
+    parts = both_ways(problem, gradients, direction, value)
+    return Hypergradient(value, meta_loss, ahead.num_zero_moments, parts)
 
 
-def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Parameters]:
-    """L_meta at θ̂, and v = (∂U/∂gradient)ᵀ c by name."""
-    gradients, updated = ahead.gradients, ahead.parameters
+def _cotangents(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, list[Tensor]]:
+    """L_meta at θ̂, and c, this rank's, in the order of the gradients."""
 
-    def cotangent(meta_loss: MetaLoss, holders: Parameters) -> tuple[Tensor, ...]:
+    def cotangents(meta_loss: MetaLoss, holders: Parameters) -> tuple[Tensor, ...]:
         found = problem.gradients_at(
-            {name: holders[name] for name in gradients},
+            {name: holders[name] for name in ahead.gradients},
             meta_loss.value,
             problem.scaled(torch.ones_like(meta_loss.value)),
             # The graph of the meta losses that came as such is wanted once more.
@@ -111,15 +111,21 @@ def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Par
         )
         return tuple(torch.zeros_like(holders[n]) if g is None else g for n, g in found.items())
 
-    meta_loss, cotangents = problem.meta_loss(leaves(updated), cotangent)  # c
+    meta_loss, found = problem.meta_loss(leaves(ahead.parameters), cotangents)
+    return meta_loss, list(map(problem.unscaled, found))
+
+
+def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Parameters]:
+    """L_meta at θ̂, and v = (∂U/∂gradient)ᵀ c by name."""
+    meta_loss, cotangents = _cotangents(problem, ahead)
     tangents = _grad(
-        [updated[name] for name in gradients],
-        list(gradients.values()),
-        sums_over_ranks([problem.unscaled(cotangent) for cotangent in cotangents]),
+        [ahead.parameters[name] for name in ahead.gradients],
+        list(ahead.gradients.values()),
+        sums_over_ranks(cotangents),
         # A step that waited to be judged goes on waiting if this call fails further on.
         retain_graph=problem.first.ahead is not None,
     )
-    return meta_loss, dict(zip(gradients, tangents, strict=True))
+    return meta_loss, dict(zip(ahead.gradients, tangents, strict=True))
 
 
 @torch.no_grad()

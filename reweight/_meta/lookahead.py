@@ -17,6 +17,7 @@ from reweight._optimizers.accepted import (
     check_differentiable,
     held_parameters,
     log_what_stays,
+    require_apart,
 )
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
@@ -55,7 +56,7 @@ class Lookahead:
             raise TypeError(f"`scaler` must be a GradScaler, got {kind(self.scaler)}.")
         check_function("objective", self.objective, "ExitLosses → MetaLoss")
         check_function("moves", self.moves, "parameter name → bool")
-        self.moved()
+        require_apart(self.moved())
         log_what_stays(self.model, self.optimizers)
 
     def held(self) -> Parameters:
@@ -77,6 +78,13 @@ class Lookahead:
                 "or others, new ones as of a move to another device. Move and freeze the model "
                 "first, then create the optimizer, then the step."
             )
+        for name, parameter in moved.items():
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"`model` must have no post-accumulate hook of a parameter, got one of {name}: "
+                    "what it does to `.grad` cannot be part of the look-ahead. Use "
+                    "parameter.register_hook, which sees the gradient before it is added."
+                )
         return moved
 
     def scaled(self, tensor: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class MetaProblem:
 
         if isinstance(meta, ExitLosses):
             return then(meta)
-        self._after.random_state.restore()
+        self._after.replay()
         return self.forward.at(at, self._after.buffers, *meta, then)
 
     def replay(
@@ -159,7 +159,7 @@ class MetaProblem:
         inputs, target = first.batch
         if rows is not None:
             inputs, target = rows_of(inputs, rows), rows_of(target, rows)
-        first.beginning.random_state.restore()
+        first.beginning.replay()
         detached = {name: parameter.detach() for name, parameter in self.everything.items()}
         return self.forward.at(
             {**detached, **(first.before or {}), **at},
@@ -215,17 +215,31 @@ class MetaProblem:
 
         Those of this rank; for shards the sum over all, which FSDP's backward brings to ``.grad``.
         That must be empty before: a backward that the model's own backward runs ends there too.
+
+        Raises:
+            ValueError: one was to take the place of the model's, which the outputs depend on.
         """
         tensors = list(parameters.values())
-        found: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if any(map(is_sharded, tensors)):
             # Times the ranks, for that is a mean.
             outputs.backward(num_ranks() * cotangents, **options)
-        else:
-            found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True, **options)
+            return {name: _taken(parameter, None) for name, parameter in parameters.items()}
+        replaced = [name for name, p in parameters.items() if p is not self.everything[name]]
+        tensors += [self.everything[name] for name in replaced]
+        found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True, **options)
+        gradients, beside = found[: len(parameters)], found[len(parameters) :]
+        reached = [name for name, g in zip(replaced, beside, strict=True) if g is not None]
+        if reached:
+            raise ValueError(
+                "`model` must read its parameters where its modules hold them, got "
+                f"{', '.join(reached)}, to which there is a second reference: in a list or another "
+                "attribute, a closure, or a partial in `loss` or `exits`. What is read there stays "
+                "as it is when the look-ahead moves the parameter. Read it from the module at each "
+                "call."
+            )
         return {
             name: _taken(parameter, gradient)
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
 
     def look_ahead(self) -> PseudoUpdate:

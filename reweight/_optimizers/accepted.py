@@ -1,16 +1,19 @@
 """The optimizers of the user: which there are, what they hold, whether their step is known here."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
+import torch
 import torchopt
 from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
 from reweight._checks import kind
 from reweight._optimizers.rules import RULES, Group
-from reweight._ranks.shards import parameters_of
+from reweight._ranks.shards import is_sharded, parameters_of
 
 _logger = logging.getLogger("reweight")
 
@@ -103,6 +106,33 @@ def held_parameters(
     if any(parameter.is_complex() for parameter in parameters.values()):
         raise ValueError("`model` must have real parameters, got complex ones.")
     return parameters
+
+
+def require_apart(parameters: Parameters) -> None:
+    """Raise ValueError if two parameters have an entry in the same place of memory.
+
+    One tensor by two names is a single parameter; two over one memory cannot be moved apart.
+    """
+    by_storage = defaultdict(list)
+    for name, p in parameters.items():
+        if not is_sharded(p) and p.numel() and p.device.type != "meta":
+            by_storage[p.untyped_storage().data_ptr()].append((name, p))
+    for sharing in by_storage.values():
+        for (name, one), (other_name, other) in combinations(sharing, 2):
+            if torch.isin(_places(one), _places(other)).any():
+                raise ValueError(
+                    f"`model` must have each parameter in memory of its own, got {name} and "
+                    f"{other_name}, which share theirs. Tie them as one parameter: "
+                    f"module.{name.rpartition('.')[2]} = other."
+                )
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Where in its storage the entries are, in bytes."""
+    size, stride = tensor.size(), tensor.stride()
+    reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    every = torch.arange(int(reach)).as_strided(size, stride).flatten()
+    return (every + int(tensor.storage_offset())) * tensor.element_size()
 
 
 def groups_of(optimizer: AnyOptimizer) -> list[Group]:

@@ -12,7 +12,7 @@ from reweight._checks import check_function
 from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.shards import placed
-from reweight.batches import describe
+from reweight.batches import Batch, copied, describe, tensors_of
 from reweight.losses import ExitLosses, logits_kept
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
@@ -43,6 +43,16 @@ class ExitForward:
         check_function("exits", exits, "outputs of the model → logits")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
         self.compiled = compiled
+        self._changes_batches: bool | None = None  # in place; not known before the first forward
+        self._renormed = [  # whose weights a forward scales in place, to a bounded norm
+            module
+            for module in inner.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        ]
+
+    def spare(self, batch: Batch) -> Batch:
+        """What other passes can take for this batch: a copy if the model changes it in place."""
+        return batch if self._changes_batches is False else copied(batch)
 
     def __call__(
         self,
@@ -66,11 +76,10 @@ class ExitForward:
         if wrapped and self._model is not self._inner:
             model, hook = self._model, self._inner.register_forward_pre_hook(look, prepend=True)
         try:
-            outputs = self._outputs(model, inputs, within)
+            return self._run(model, (inputs, target), within)
         finally:
             if hook is not None:
                 hook.remove()
-        return self._losses(outputs, target, recorded=within is not None)
 
     def at(
         self,
@@ -90,10 +99,10 @@ class ExitForward:
         activation checkpointing runs the model again in the backward. The model, not the loss, is
         called ``within`` the context.
         """
+        batch = self.spare((inputs, target))
 
         def run() -> T:
-            outputs = self._outputs(self._inner, inputs, within)
-            return then(self._losses(outputs, target, recorded=within is not None))
+            return then(self._run(self._inner, batch, within))
 
         if getattr(parametrize, "_cache_enabled", 0):
             raise ValueError(
@@ -101,8 +110,31 @@ class ExitForward:
                 "one pass for the next."
             )
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        with placed(self._inner, parameters, tangents or {}) as rest:
-            return run_with(self._inner, {**copies, **rest}, run)
+        own = {id(module.weight) for module in self._renormed}
+        names = [name for name, p in self._inner.named_parameters() if id(p) in own] if own else ()
+        parameters = {n: p.clone() if n in names else p for n, p in parameters.items()}
+        before = [(p, p.detach().clone()) for p in map(self._inner.get_parameter, names)]
+        try:
+            with placed(self._inner, parameters, tangents or {}) as rest:
+                return run_with(self._inner, {**copies, **rest}, run)
+        finally:
+            for parameter, value in before:
+                parameter.data.copy_(value)
+
+    def _run(
+        self, model: nn.Module, batch: Batch, within: AbstractContextManager[Any] | None
+    ) -> ExitLosses:
+        before = [t._version for t in tensors_of(batch) if not t.is_inference()]
+        outputs = self._outputs(model, batch[0], within)
+        losses = self._losses(outputs, batch[1], recorded=within is not None)
+        changes = before != [t._version for t in tensors_of(batch) if not t.is_inference()]
+        if changes and self._changes_batches is False:
+            raise ValueError(
+                "`model` must change its inputs in place in every forward or in none, got a "
+                "forward that does after one that did not. Let it begin with a copy of them."
+            )
+        self._changes_batches = changes or bool(self._changes_batches)
+        return losses
 
     def _outputs(
         self, model: nn.Module, inputs: Any, within: AbstractContextManager[Any] | None

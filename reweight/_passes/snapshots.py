@@ -1,78 +1,110 @@
-"""What a pass begins with and may change, to be put back: random state, buffers, ``.grad``."""
+"""What a pass begins with and may change, to be put back: buffers, random state, gradients."""
 
 import random
+from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 
-class RandomState:
-    """The state of the generators that the model may draw from, now.
-
-    Those are the global ones of PyTorch, NumPy and Python, and ``torch.Generator`` attributes of
-    the model's modules.
-
-    Args:
-        model: its devices are looked at.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        devices = {parameter.device for parameter in model.parameters()}
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._generators = [
-            (value, value.get_state())
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, torch.Generator)
-        ]
-        self._others = {
-            device: getattr(torch, device.type).get_rng_state(device)
-            for device in devices
-            if device.type not in ("cpu", "meta")
-        }
-
-    def restore(self) -> None:
-        """Put the generators back to where they were."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for generator, state in self._generators:
-            generator.set_state(state)
-        for device, state in self._others.items():
-            getattr(torch, device.type).set_rng_state(state, device)
-
-
 class Beginning:
-    """What a forward begins with and may change: buffers and random state, now.
+    """What a forward begins with and may change, now.
+
+    Those are the buffers, the random state, and what modules keep in plain attributes: their
+    ``torch.Generator`` objects, tensors, containers and whatever else stands there.
 
     Args:
         model: looked at now.
+
+    Attributes:
+        buffers: copies, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.random_state = RandomState(model)
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._others = {
+            device: getattr(torch, device.type).get_rng_state(device)
+            for device in {parameter.device for parameter in model.parameters()}
+            if device.type not in ("cpu", "meta")
+        }
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
-        self._places = [
-            (module, name, buffer, values[id(buffer)])
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        for module in model.modules():
+            self._places += [
+                (module, name, buffer, values[id(buffer)])
+                for name, buffer in module._buffers.items()
+                if buffer is not None
+            ]
+            plain = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+            self._attributes.append((module, plain))
+            self._contents += [
+                (value, contents)
+                for value in plain.values()
+                if (contents := _contents(value)) is not None
+            ]
+
+    def replay(self) -> None:
+        """Random state and attributes as they were; the buffers of a pass are copies anyway."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others.items():
+            getattr(torch, device.type).set_rng_state(state, device)
+        for module, plain in self._attributes:
+            held = vars(module)
+            for name in held.keys() - plain.keys() - _OF_EVERY_MODULE:
+                del held[name]
+            held.update(plain)
+        for value, contents in self._contents:
+            _put_back(value, contents)
 
     def restore(self) -> None:
-        """Put both back to where they were.
+        """All of it as it was.
 
-        Through ``data``, for a graph that holds a buffer would take any change for one that spoils
-        it, even the change back.
+        Buffers through ``data``, for a graph that holds one would take any change for one that
+        spoils it, even the change back.
         """
-        self.random_state.restore()
+        self.replay()
         for module, name, buffer, value in self._places:
             buffer.data.copy_(value)
             module._buffers[name] = buffer
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _contents(value: Any) -> Any:
+    """What an attribute holds that may change in place; None if that is not known to."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, list | dict | set | deque):
+        return value.copy()
+    # One with a graph, as of activations kept for later, is not changed but replaced.
+    is_state = type(value) is Tensor and not (value.requires_grad or value.is_inference())
+    return (value.clone(), value._version) if is_state else None
+
+
+def _put_back(value: Any, contents: Any) -> None:
+    if isinstance(value, torch.Generator):
+        value.set_state(contents)
+    elif isinstance(value, Tensor):
+        if value._version != contents[1]:
+            value.data.copy_(contents[0])
+    elif _identities(value) != _identities(contents):
+        value.clear()
+        (value.update if isinstance(value, dict | set) else value.extend)(contents)
+
+
+def _identities(container: Any) -> list[int]:
+    values = container.values() if isinstance(container, dict) else ()
+    return [*map(id, container), *map(id, values)]
 
 
 class Gradients:
