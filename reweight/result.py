@@ -79,6 +79,8 @@ class StepResult(NamedTuple):
             names = ("train losses", "meta loss", "hypergradient", "reweighter")
             found = [name for name, bad in zip(names, self.nonfinite.tolist(), strict=True) if bad]
             parts.append(f"reweighter not updated: non-finite {', '.join(found)}")
+        elif self.hypergradient_norm is not None and not self.hypergradient_norm:
+            parts.append("reweighter not updated: the hypergradient is 0")
         return ", ".join(parts)
 
     def scalars(self) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """MetaReweightStep: the order of events in one training step."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
 from reweight._passes.compiled import CompiledModel, uncompiled_if_need_be
 from reweight._passes.forward import ExitForward, LossFunction, require_graph
-from reweight._passes.forward_mode import plain_attention
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning, Gradients
 from reweight._ranks.collectives import joined, num_ranks
@@ -55,7 +53,7 @@ class MetaReweightStep:
             ones too, beginning with the first. Default 1 (published: 1 CIFAR, 100 ImageNet).
         estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
             forwards), "unrolled" (exact, double backward, for reference), or "auto" (default):
-            forward, until the model has an operation without; the log says which it was.
+            forward, or another where that fails; the log says which.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
             own step cannot be differentiated.
@@ -68,8 +66,8 @@ class MetaReweightStep:
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
         lean: make the graph of the train batch twice, so as not to keep it during the meta pass:
             about the memory of a plain step, for one more forward; the same results. Default False.
-        lagged: train first and learn from that step, which saves a backward, or, with no meta batch
-            given, a meta pass as well: what is learned acts one step later. Default False.
+        lagged: train first and learn from that step: saves a backward, or without a meta batch a
+            meta pass as well, and what is learned acts one step later. Default False.
         train_fraction: the share of the train batch, drawn anew at each update, whose weights are
             learned from; the losses have the samples first. The faster, the noisier, unbiased but
             for batch statistics, and with dropout under other masks. Default 1.
@@ -136,8 +134,7 @@ class MetaReweightStep:
         other_ways = lagged or train_fraction < 1 or sharded_modules(self._inner) or compiled
         self._estimator = Estimator(estimator, may_unroll=not other_ways)
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
-        with joined(self._group):
-            self._learner.require_same(options, next(model.parameters()).device)
+        self._learner.require_same(options, self._group, next(model.parameters()).device)
 
     def __call__(self, train: Batch, meta: Batch | None = None) -> StepResult:
         """``zero_grad``, :meth:`backward`, clipping if it is asked for, and ``optimizer.step``."""
@@ -198,18 +195,17 @@ class MetaReweightStep:
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
-        spare = self._forward.spare(train) if due else train
+        spare = self._forward.spare(train)
         forward = partial(self._forward, beginning=beginning)
         try:
-            with self._attention(), joined(self._group), begin_anew(self._inner):
+            with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
                 within = cache if due and not lean else None
                 batch = self._forward.spare(train) if due and lean else train
                 losses = require_graph(forward(*batch, within=within, wrapped=not unsettled))
-                shares, grads = scale * losses.sample_shares(), gradients_of(moved)
-                if lagged:  # its backward, which adds to them, comes before they are looked at
-                    grads = {name: gradient.clone() for name, gradient in grads.items()}
+                shares = scale * losses.sample_shares()
+                grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
                 first = FirstForward(
-                    spare, beginning, losses, cache, moved, grads, shares, keep_graph=not lean
+                    spare, beginning, losses, cache, moved, grads, shares, not lean
                 )
                 if waiting is not None:
                     update = self._update(waiting, losses)
@@ -222,7 +218,7 @@ class MetaReweightStep:
                     weights = self._learner.weights(losses)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
                 coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
-                # The graph may be kept for its cache, not for another backward.
+                # The graph may be kept for its values, not for another backward.
                 losses.losses.backward(coefficients, retain_graph=lagged and not lean)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
@@ -261,7 +257,7 @@ class MetaReweightStep:
                 return losses, self._learner.weights(losses), update
 
         try:
-            with self._attention(), joined(self._group), begin_anew(self._inner):
+            with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
                 learnt = self._forward.at({}, beginning.buffers, *train, learn, within=cache)
         finally:
             beginning.replay()
@@ -283,15 +279,12 @@ class MetaReweightStep:
         after, weights = Beginning(self._inner), self._learner.weights(first.losses)
         seed = self._learner.num_updates
         problem = self._lookahead.problem(first, meta, weights, seed)
-        gradients = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
-        gradients.clear()  # a backward within the model's own may add to them
-        try:
+        owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
+        with owned.taken_away():  # a backward within the model's own may add to them
             hypergradient = self._estimator(problem)
-        finally:
-            gradients.restore()
         after.restore()  # buffers too: checkpointing runs the model again in each backward
         update = self._learner.learn(first.losses, weights, hypergradient)
-        self._estimator.expect(update.difference, problem.precision)
+        self._estimator.check.expect(update.difference, problem.precision)
         return update
 
     @property
@@ -303,6 +296,3 @@ class MetaReweightStep:
     def estimator(self) -> str:
         """The estimator in use; "auto" is forward mode, as long as it stands here."""
         return self._estimator.name
-
-    def _attention(self) -> AbstractContextManager[None]:
-        return plain_attention() if self.estimator == "unrolled" else nullcontext()

@@ -4,13 +4,16 @@ What sets them apart is what an estimator does not see of the user's backward. T
 update tell, and nothing waits for the device: what they came to is read at the next update.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from reweight._meta.problem import MetaProblem
 from reweight._optimizers.accepted import Parameters
+from reweight._passes.differences import DifferenceWatch
 from reweight._ranks.collectives import gather, num_ranks
 from reweight._ranks.shards import local, num_copies
 
@@ -26,10 +29,21 @@ def both_ways(
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = (problem.weights * value).double()
-    dots = torch.stack([_dot(problem, name, v, gradients[name]) for name, v in direction.items()])
-    size = torch.maximum(terms.abs().sum(), dots.abs().sum())
-    return torch.stack([terms.sum(), dots.sum(), size])
+    terms = problem.weights * value
+    tangents = {name: _flat(tangent) for name, tangent in direction.items()}
+    ahead = {name: _flat(gradients[name]) for name in direction}
+    dots = []
+    for name, tangent in tangents.items():
+        dot = torch.dot(tangent, ahead[name])
+        if name in problem.first.accumulated:  # which is no part of the gradient of L_tr
+            before = problem.unscaled(problem.first.accumulated[name])
+            dot = dot - torch.dot(tangent, _flat(before))
+        dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
+    # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
+    norms = get_total_norm(tangents.values()) * get_total_norm(ahead.values())
+    sums = torch.stack(dots)
+    sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
+    return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
 def relative_difference(parts: Tensor) -> Tensor:
@@ -38,19 +52,85 @@ def relative_difference(parts: Tensor) -> Tensor:
     return torch.where(size > 0, (forward - backward).abs() / size, 0)
 
 
-def _dot(problem: MetaProblem, name: str, tangent: Tensor, gradient: Tensor) -> Tensor:
-    """This rank's part of ⟨v, ∇L_tr⟩ for one parameter; what was accumulated before is no part."""
-    part = num_copies(tangent) or num_ranks()
-    found = _product(tangent, gradient)
-    if name in problem.first.accumulated:
-        accumulated = problem.unscaled(problem.first.accumulated[name])
-        found = found - _product(tangent, accumulated)
-    return found / part
+def _flat(tensor: Tensor) -> Tensor:
+    """This rank's shard, or all of a plain tensor, in a row."""
+    return local(tensor).detach().reshape(-1)
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    flat = local(one).reshape(-1), local(other).detach().reshape(-1)
-    return torch.dot(*flat).double()
+class Check:
+    """Whether both ways agree, at every update.
+
+    Rounding of either way is far below the cubic root of the precision, which is the tolerance;
+    that of finite differences is larger, for the kinks of ReLU and the like.
+
+    Args:
+        is_coarse: whether the estimator is finite differences.
+
+    Attributes:
+        failures: in how many updates in a row they did not.
+    """
+
+    def __init__(self, *, is_coarse: bool) -> None:
+        self.is_coarse, self.failures = is_coarse, 0
+        self._precision = 0.0  # of the numbers inside the model, where they are coarser
+        self._expected: tuple[Later, float] | None = None
+        self._is_first = True
+
+    def expect(self, difference: Tensor | None, precision: float) -> None:
+        """Take note of what an update came to, to look at in the next one."""
+        if difference is not None:
+            self._expected = Later(difference), self._tolerance(precision)
+
+    def __call__(
+        self,
+        problem: MetaProblem,
+        parts: Tensor,
+        names: list[str],
+        parts_of: Callable[[list[str]], Tensor],
+    ) -> None:
+        """Warn if both ways differ, and say where; nothing waits unless the last update did too.
+
+        Args:
+            problem: of this update.
+            parts: what :func:`both_ways` gives for it.
+            names: of all parameters that v is of.
+            parts_of: the same for v of some parameters alone; takes a pass.
+        """
+        expected, self._expected = self._expected, None
+        has_failed = expected is not None and expected[0].read() > expected[1]
+        look, self._is_first = self._is_first or has_failed, False
+        difference = self.difference(problem, parts) if look else None
+        if difference is None:
+            self.failures = 0
+            return
+        self.failures += 1
+        if self.failures > 1:
+            return
+        blamed = blame(names, lambda some: self.difference(problem, parts_of(some)) is not None)
+        where = f" through {', '.join(blamed)}" if blamed else ""
+        warnings.warn(
+            "Hypergradients do not agree with the backward of the model: it is not the derivative "
+            f"of the forward, by {difference:.2g} of what the weights do{where}. Does a hook of a "
+            "module or an activation change gradients, or one of a parameter other than by a mask "
+            "or factor, or a custom autograd.Function, or does the forward differ when it is run "
+            "again? Write a scaled gradient as x*s + (x*(1-s)).detach(), or use "
+            "estimator='unrolled'.",
+            stacklevel=2,
+        )
+
+    def difference(self, problem: MetaProblem, parts: Tensor) -> float | None:
+        """The relative difference of all ranks, None within the tolerance; waits for them."""
+        found = Later(relative_difference(gather(parts))).read()
+        if not found > self._tolerance(problem.precision):
+            return None
+        watch = DifferenceWatch()  # there may be autocast inside the model
+        problem.replay({}, {}, watch)
+        self._precision = watch.precision
+        return found if found > self._tolerance(problem.precision) else None
+
+    def _tolerance(self, precision: float) -> float:
+        root: float = max(precision, self._precision) ** (1 / 3)
+        return min(20 * root, 0.5) if self.is_coarse else root
 
 
 def blame(
@@ -97,8 +177,3 @@ class Later:
         if self._event is not None:
             self._event.synchronize()
         return float(self._copy.numpy())  # which says that it is on the host, unlike item()
-
-
-def of_all_ranks(parts: Tensor) -> float:
-    """The relative difference at once, which waits for the device and for the other ranks."""
-    return Later(relative_difference(gather(parts))).read()

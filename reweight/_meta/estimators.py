@@ -12,6 +12,7 @@ ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al.,
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from reweight._checks import check_choice
-from reweight._meta.consistency import Later, blame, both_ways, of_all_ranks
+from reweight._meta.consistency import Check, both_ways
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
 from reweight._passes.differences import DifferenceWatch
-from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
+from reweight._passes.forward_mode import (
+    load_forward_mode,
+    plain_attention,
+    tangents_follow_gradients,
+)
 from reweight._ranks.collectives import sums_over_ranks
 from reweight._ranks.shards import is_sharded, whole
 from reweight.losses import ExitLosses
@@ -169,6 +174,9 @@ class Estimator:
     check of :mod:`reweight._meta.consistency` has failed at three updates in a row: from then on it
     is another estimator, and the log says which and why.
 
+    Attributes:
+        check: what it does at every update.
+
     Args:
         name: "auto", "forward", "finite_difference" or "unrolled"; changes as said.
         may_unroll: whether double backward is possible in this kind of step.
@@ -185,9 +193,7 @@ class Estimator:
                 "fully_shard."
             )
         self.name, self._is_auto, self._may_unroll = name, name == "auto", may_unroll
-        self._precision = 0.0  # of the numbers inside the model, where they are coarser
-        self._last: tuple[Later, float] | None = None
-        self._is_first, self._failures = True, 0
+        self.check = Check(is_coarse=name == "finite_difference")
 
     def __call__(self, problem: MetaProblem) -> Hypergradient:
         """∂L_meta/∂w of this step."""
@@ -210,71 +216,23 @@ class Estimator:
         found = Hypergradient(value, meta_loss, ahead.num_zero_moments)
         if problem.rows is not None:  # of which alone there is no gradient
             return found
-        if self._is_first or self._has_failed():
-            self._is_first = False
-            self._look(problem, parts, list(direction), lambda names: estimated(names)[1])
+        names = list(direction)
+        self.check(problem, parts, names, lambda some: estimated(some)[1])
+        if self._is_auto and self.check.failures == 3:
+            self._move_on(problem, lambda: estimated(names)[1])
         return found._replace(both_ways=parts)
 
-    def expect(self, difference: Tensor | None, precision: float) -> None:
-        """Take note of how far the last update was off, to look at in the next one."""
-        if difference is not None:
-            self._last = Later(difference), self._tolerance(precision)
+    def attention(self) -> AbstractContextManager[None]:
+        """How attention runs in the passes of a step: fused kernels have no double backward."""
+        return plain_attention() if self.name == "unrolled" else nullcontext()
 
-    def _has_failed(self) -> bool:
-        last, self._last = self._last, None
-        failed = last is not None and last[0].read() > last[1]
-        self._failures *= failed
-        return failed
-
-    def _tolerance(self, precision: float) -> float:
-        """Rounding of either way is far below the cubic root; kinks of differences are not."""
-        root: float = max(precision, self._precision) ** (1 / 3)
-        return min(20 * root, 0.5) if self.name == "finite_difference" else root
-
-    def _look(
-        self,
-        problem: MetaProblem,
-        parts: Tensor,
-        names: list[str],
-        parts_of: Callable[[list[str]], Tensor],
-    ) -> None:
-        """Warn if both ways differ, and say what does; after the third time take another way."""
-        difference = of_all_ranks(parts)
-        if not difference > self._tolerance(problem.precision):
-            self._failures = 0
-            return
-        watch = DifferenceWatch()  # there may be autocast inside the model
-        problem.replay({}, {}, watch)
-        self._precision = watch.precision
-        tolerance = self._tolerance(problem.precision)
-        if not difference > tolerance:
-            return
-        self._failures += 1
-        if self._failures == 1:
-            blamed = blame(names, lambda some: of_all_ranks(parts_of(some)) > tolerance)
-            where = f" through {', '.join(blamed)}" if blamed else ""
-            warnings.warn(
-                "Hypergradients do not agree with the backward of the model: it is not the "
-                f"derivative of the forward, by {difference:.2g} of what the weights do{where}. "
-                "Does a hook of a module or an activation change gradients, or one of a parameter "
-                "other than by a mask or factor, or a custom autograd.Function, or does the "
-                "forward differ when it is run again? Write a scaled gradient as "
-                "x*s + (x*(1-s)).detach(), or use estimator='unrolled'.",
-                stacklevel=2,
-            )
-        elif self._failures == 3 and self._is_auto:
-            self._move_on(problem, parts_of, names)
-
-    def _move_on(
-        self, problem: MetaProblem, parts_of: Callable[[list[str]], Tensor], names: list[str]
-    ) -> None:
+    def _move_on(self, problem: MetaProblem, parts: Callable[[], Tensor]) -> None:
         """To finite differences if they agree with the backward, or else to double backward."""
         before, self.name = self.name, "finite_difference"
-        agree = before != self.name and of_all_ranks(parts_of(names)) <= self._tolerance(
-            problem.precision
-        )
-        if not agree:
+        self.check.is_coarse = True
+        if before == self.name or self.check.difference(problem, parts()) is not None:
             self.name = "unrolled" if self._may_unroll else before
+            self.check.is_coarse = self.name == "finite_difference"
         if self.name != before:
             _logger.warning(
                 "estimator=%r from here on: by the one before, hypergradients did not agree with "
@@ -303,5 +261,5 @@ class Estimator:
                 str(error).splitlines()[0],
                 _FUNCTION_ADVICE if "custom autograd.Function" in str(error) else "",
             )
-            self.name = "finite_difference"
+            self.name, self.check.is_coarse = "finite_difference", True
             return None

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
 from reweight._meta.consistency import relative_difference
 from reweight._meta.guarded_step import Snapshot, step_where
 from reweight._meta.problem import Hypergradient, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
-from reweight._ranks.collectives import gather, require_same, sums_by_name
+from reweight._ranks.collectives import gather, joined, require_same, sums_by_name
 from reweight._ranks.wrappers import unwrap
 from reweight.losses import ExitLosses
 from reweight.result import Update
@@ -24,7 +24,7 @@ class ReweighterLearner:
 
     Args:
         reweighter: :class:`ExitLosses` → weights of the shape of the losses.
-        optimizer: over parameters of the reweighter; None for Adam as published.
+        optimizer: over parameters of the reweighter; None for Adam with decoupled weight decay.
         interval: it is updated at every interval-th call of the step.
         clip_hypergradient: the largest norm of ∂L_meta/∂w that is passed on; None for any.
 
@@ -99,7 +99,7 @@ class ReweighterLearner:
         difference = relative_difference(every[:, 5:]) if told else None
         nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
         meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
-        ok = ~nonfinite.any()
+        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / norm).clamp(max=1)
         before, counts = Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
@@ -125,20 +125,19 @@ class ReweighterLearner:
         else:
             nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
         self.num_updates += 1
-        self.num_skipped = self.num_skipped.to(ok.device) + ~ok
+        self.num_skipped = self.num_skipped.to(ok.device) + nonfinite.any()
         return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, difference, undo)
 
-    def require_same(self, options: object, device: torch.device) -> None:
+    def require_same(self, options: object, group: Any, device: torch.device) -> None:
         """Raise ValueError on every rank unless all begin alike, with these options of the step."""
-        require_same(
-            {
-                "the options of the step": options,
-                "`reweighter`": repr(self.reweighter),
-                "the state of `reweighter`": self.reweighter.state_dict(),
-                "`reweighter_optimizer`": repr(self.optimizer),
-            },
-            device,
-        )
+        facts = {
+            "the options of the step": options,
+            "`reweighter`": repr(self.reweighter),
+            "the state of `reweighter`": self.reweighter.state_dict(),
+            "`reweighter_optimizer`": repr(self.optimizer),
+        }
+        with joined(group):
+            require_same(facts, device)
 
     def warn_if_cold(self, optimizers: Sequence[AnyOptimizer]) -> None:
         """Any Adam is cold at its first step; it is a mistake only if it stays so."""
@@ -204,7 +203,11 @@ def _options(state_dict: dict[str, Any] | None) -> list[list[str]] | None:
 def _optimizer_for(
     reweighter: nn.Module, optimizer: Optimizer | None, interval: int
 ) -> Optimizer | None:
-    """The optimizer given, checked; else Adam as published, or None if nothing can be trained.
+    """The optimizer given, checked; else Adam, or None if nothing can be trained.
+
+    The hypergradient goes with the model's learning rate, 1e-9 where a transformer is fine-tuned.
+    So that what is learned does not, the weight decay, of the published size, is decoupled, and
+    Adam's epsilon far below what a hypergradient may be.
 
     The sigmoid form's learning rate, published for an update at every step, grows with the
     interval: with a tenth of the updates, ten times the rate was needed, and enough.
@@ -217,7 +220,7 @@ def _optimizer_for(
     if optimizer is None:
         sigmoid = getattr(reweighter, "form", None) == "sigmoid"
         lr = 1e-3 * min(interval, 10) if sigmoid else 1e-4
-        return Adam(reweighter.parameters(), lr=lr, weight_decay=1e-4) if own else None
+        return AdamW(reweighter.parameters(), lr=lr, eps=1e-16, weight_decay=1e-4) if own else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`reweighter_optimizer` must be an optimizer of torch.optim, got {kind(optimizer)}. "

@@ -72,11 +72,13 @@ class Hypergradient(NamedTuple):
     both_ways: Tensor | None = None
 
 
-def gradients_of(parameters: Parameters, *, average: bool = False) -> Parameters:
-    """What ``.grad`` holds, by name, never sparse; averaged over the ranks if asked."""
+def gradients_of(
+    parameters: Parameters, *, average: bool = False, copy: bool = False
+) -> Parameters:
+    """What ``.grad`` holds, by name, never sparse; averaged over the ranks, or copied, if asked."""
     gradients = {n: dense(p.grad.detach()) for n, p in parameters.items() if p.grad is not None}
     if not average:
-        return gradients
+        return {n: gradient.clone() for n, gradient in gradients.items()} if copy else gradients
     return sums_by_name({n: g / num_ranks() for n, g in gradients.items()}, parameters)
 
 

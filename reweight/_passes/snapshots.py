@@ -2,7 +2,8 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,15 @@ class Gradients:
         """Take them away."""
         for parameter, _ in self._gradients:
             parameter.grad = None
+
+    @contextmanager
+    def taken_away(self) -> Iterator[None]:
+        """Without them, and with them again afterwards."""
+        self.clear()
+        try:
+            yield
+        finally:
+            self.restore()
 
     def restore(self) -> None:
         """Put them back."""
