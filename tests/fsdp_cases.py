@@ -157,11 +157,15 @@ def wrap(name: str) -> Callable[[nn.Module], nn.Module]:
 class Fails(nn.Module):
     """Raises in its forward, or in the backward of it, at the call that is chosen."""
 
-    where, calls = "", 0
+    where = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = SimpleNamespace(calls=0)  # a step puts back numbers that the forward changes
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls -= 1
-        if self.calls != 0:
+        self.left.calls -= 1
+        if self.left.calls != 0:
             return x
         if self.where == "forward":
             raise ArithmeticError
@@ -193,7 +197,7 @@ def recovered(rank: int, num_ranks: int, where: str, call: int, lagged: bool) ->
     blocks_and_rest(model)
     training = Training(model, adamw(model.parameters()), lagged=lagged)
     training.run(0, rank, num_ranks)
-    fails.where, fails.calls = where, call
+    fails.where, fails.left.calls = where, call
     if where:
         before = training.vector()
         try:
@@ -202,7 +206,7 @@ def recovered(rank: int, num_ranks: int, where: str, call: int, lagged: bool) ->
             assert torch.equal(training.vector(), before)
         else:
             raise AssertionError("did not fail")
-    fails.calls = 0
+    fails.left.calls = 0
     training.run(1, rank, num_ranks)
     return training.vector()
 
