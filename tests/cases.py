@@ -236,3 +236,14 @@ def conventional_loss(logits: list[Tensor], target: Tensor) -> Tensor:
 
 
 EXITS = {"one_exit": 1, "three_exits": 3}
+
+
+def make_logits(form: str, dtype=torch.float64):
+    """Logits in one of the forms a model may give them, the matrix of each exit, and targets."""
+    shape = (2, 3) if "tokens" in form else (6,)
+    num_exits = 1 if "single" in form else 3
+    exits = [torch.randn(*shape, 5, dtype=dtype, requires_grad=True) for _ in range(num_exits)]
+    target = torch.randint(5, shape)
+    if form == "single" or form == "single_tokens":
+        return exits[0], exits, target
+    return (torch.stack(exits) if "stacked" in form else exits), exits, target

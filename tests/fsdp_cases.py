@@ -1,4 +1,4 @@
-"""What the ranks of _ranks/test_shards.py run."""
+"""What the ranks of test_shards.py run."""
 
 from collections.abc import Callable
 from pathlib import Path
