@@ -247,3 +247,11 @@ def make_logits(form: str, dtype=torch.float64):
     if form == "single" or form == "single_tokens":
         return exits[0], exits, target
     return (torch.stack(exits) if "stacked" in form else exits), exits, target
+
+
+def gradients_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Those of the conventional loss, by name, where there is one."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    loss = conventional_loss(model(batch[0]), batch[1])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

@@ -242,7 +242,7 @@ class Waits(TorchFunctionMode):
 @pytest.mark.parametrize("make", [partial(SGD, lr=0.1, momentum=0.9), partial(Adam, lr=0.01)])
 def test_nothing_in_a_step_waits_for_the_device(make, objective, monkeypatch) -> None:
     # The reference is what runs where waiting matters and Triton is not at hand.
-    for module in ("losses", "kernels.dispatch"):
+    for module in ("losses", "_kernels.dispatch"):
         monkeypatch.setattr(f"reweight.{module}.is_traced", lambda: True)
     model, optimizer, train, meta = parts(optimizer=make)
     reweighter = SampleReweighter(3)
