@@ -10,7 +10,7 @@ import cases
 from cases import EXITS, OPTIMIZERS, make_batch, make_model, warm_up
 from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
-from test_models import REFUSED, ROWS, set_up
+from test_models import ROWS, UNCOMPILED, set_up
 
 MODELS = ["mlp", "conv_batch_norm"]
 
@@ -301,8 +301,7 @@ def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) ->
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+@pytest.mark.parametrize("name", UNCOMPILED)
 def test_lean_steps_are_the_same_for_every_model(name: str) -> None:
     model, _, train, meta = set_up(ROWS[name])
-    model = getattr(model, "_orig_mod", model)
     assert_same(outcome(model, train, meta, lean=True), outcome(model, train, meta))

@@ -16,7 +16,7 @@ from reweight import MetaReweightStep, SampleReweighter
 from reweight._kernels import function
 from reweight._passes import forward, primal_cache
 from reweight._passes.primal_cache import PrimalCache
-from test_models import REFUSED, ROWS, set_up
+from test_models import ROWS, UNCOMPILED, set_up
 
 
 def forget(monkeypatch) -> None:
@@ -25,10 +25,9 @@ def forget(monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+@pytest.mark.parametrize("name", UNCOMPILED)
 def test_recalled_values_change_nothing(name: str, recalled, monkeypatch) -> None:
     model, _, train, meta = set_up(ROWS[name])
-    model = getattr(model, "_orig_mod", model)
     with_recall = outcome(model, train, meta)
     forget(monkeypatch)
     assert_same(outcome(model, train, meta), with_recall)
