@@ -1,9 +1,26 @@
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from reweight._kernels import function, linear, torch_kernels
 
 torch.set_num_threads(1)  # the tensors here are tiny
+
+
+MADE_ONCE = ("test_collectives.py", "test_shards.py", "test_faults.py", "test_train.py")
+"""Files whose tests look at what the same ranks, or the same run, have made."""
+
+
+class ByTest(LoadScopeScheduling):
+    """A free worker takes the next test, or the next of those files, which come first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return file if file.endswith(MADE_ONCE) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByTest | None:
+    return ByTest(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture(autouse=True)

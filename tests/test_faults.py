@@ -19,9 +19,6 @@ from fault_training import (
 from properties import assert_same
 from ranks import run_ranks
 
-# The processes that all ranks are forked from load PyTorch once.
-pytestmark = pytest.mark.xdist_group("faults")
-
 
 def run(folder: Path, function, *args, seconds: float = 30) -> list[str]:
     """What became of the two ranks: nothing if one was killed."""

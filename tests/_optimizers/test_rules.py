@@ -35,7 +35,6 @@ def warm(kind, options, num_steps: int) -> tuple[optim.Optimizer, Tensor]:
     return optimizer, parameter
 
 
-@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("num_steps", [1, 7])  # RAdam rectifies from the sixth on
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_the_step_is_the_stock_optimizers_and_the_slope_its_derivative(

@@ -8,9 +8,6 @@ import torch
 from distributed_cases import CASES, CHECKS, run, train
 from ranks import run_ranks
 
-# Its ranks run once, for all of its tests.
-pytestmark = pytest.mark.xdist_group("collectives")
-
 
 @functools.cache
 def train_joined(name: str, num_ranks: int):

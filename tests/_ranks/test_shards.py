@@ -17,9 +17,6 @@ from ranks import process_group, run_ranks
 
 NUM_RANKS = 2
 
-# Its ranks run once, for all of its tests.
-pytestmark = pytest.mark.xdist_group("shards")
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):

@@ -14,8 +14,6 @@ import torch
 import train
 
 SCRIPT = Path(train.__file__)
-# One undisturbed run, for all of its tests.
-pytestmark = pytest.mark.xdist_group("train")
 SETTINGS = [
     *("--data", "digits", "--train-size", "256", "--model", "mlp"),
     *("--epochs", "3", "--batch-size", "16"),
