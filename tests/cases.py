@@ -236,3 +236,22 @@ def conventional_loss(logits: list[Tensor], target: Tensor) -> Tensor:
 
 
 EXITS = {"one_exit": 1, "three_exits": 3}
+
+
+def make_logits(form: str, dtype=torch.float64):
+    """Logits in one of the forms a model may give them, the matrix of each exit, and targets."""
+    shape = (2, 3) if "tokens" in form else (6,)
+    num_exits = 1 if "single" in form else 3
+    exits = [torch.randn(*shape, 5, dtype=dtype, requires_grad=True) for _ in range(num_exits)]
+    target = torch.randint(5, shape)
+    if form == "single" or form == "single_tokens":
+        return exits[0], exits, target
+    return (torch.stack(exits) if "stacked" in form else exits), exits, target
+
+
+def gradients_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Those of the conventional loss, by name, where there is one."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    loss = conventional_loss(model(batch[0]), batch[1])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

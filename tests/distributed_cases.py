@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py run: each case on its shard, or one process on all."""
+"""What the ranks of test_collectives.py run: each case on its shard, or one process on all."""
 
 import contextlib
 import warnings

@@ -1,4 +1,4 @@
-"""What the ranks of test_fsdp.py run."""
+"""What the ranks of test_shards.py run."""
 
 from collections.abc import Callable
 from pathlib import Path

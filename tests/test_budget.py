@@ -1,12 +1,13 @@
-"""Allotment, thresholds and the curve against slow twins; costs against counting by hand."""
+"""Allotment, thresholds and the curve against slow twins, and on what Hypothesis thinks of."""
 
 import math
 import random
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from references import allot_slowly, thresholds_slowly
 from reweight import (
@@ -14,12 +15,11 @@ from reweight import (
     anytime_accuracy,
     budgeted_curve,
     choose_exits,
-    exit_costs,
     exit_cross_entropy,
     exit_shares,
     find_thresholds,
 )
-from reweight.budget import allot
+from reweight.budget import allot, quotas
 
 SIZES = [1, 2, 3, 5, 10, 49, 200]
 NUM_EXITS = [1, 2, 3, 5, 12]
@@ -161,67 +161,6 @@ def test_bad_input_is_named(call, message) -> None:
         call()
 
 
-class HeadsAtTheEnd(nn.Module):
-    """All features first, then all exits, in-place and through views: costs must see through it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(2, 2, 1, bias=False) for _ in range(3)])
-        self.heads = nn.ModuleList([nn.Linear(2 * 4 * 4, 5) for _ in range(3)])
-        self.norm = nn.BatchNorm2d(2)
-
-    def forward(self, x):
-        features = []
-        for conv in self.convs:
-            x = self.norm(conv(x)).relu_()
-            features.append(x)
-        return {"exits": [head(f.flatten(1)) for head, f in zip(self.heads, features, strict=True)]}
-
-
-def test_costs_count_what_each_exit_needs_or_what_ran_before_it() -> None:
-    model = HeadsAtTheEnd()
-    model.norm.eval()
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    conv, head = 2 * 2 * 16, 2 * 16 * 5
-    costs = exit_costs(model, torch.zeros(1, 2, 4, 4), lambda outputs: outputs["exits"])
-    assert costs == [conv + head, 2 * (conv + head), 3 * (conv + head)]
-    in_order = exit_costs(
-        model, torch.zeros(1, 2, 4, 4), lambda outputs: outputs["exits"], in_order=True
-    )
-    assert in_order == [3 * conv + head, 3 * conv + 2 * head, 3 * conv + 3 * head]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 2, 4, 4))
-    assert costs[-1] == counter.get_total_flops() // 2
-    assert all(map(torch.equal, buffers, model.buffers()))
-
-
-class Attends(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-        self.recurrence = nn.LSTM(8, 8, batch_first=True)
-        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
-
-    def forward(self, x, mask=None):
-        early = self.layer(x)
-        late, _ = self.recurrence(early)
-        return [head(z) for head, z in zip(self.heads, (early, late), strict=True)]
-
-
-def test_costs_of_attention_and_recurrence_are_those_counted_by_hand() -> None:
-    tokens, width, hidden = 5, 8, 16
-    attention = 4 * tokens * width * width + 2 * tokens * tokens * width
-    layer = attention + 2 * tokens * width * hidden
-    recurrence = 2 * 4 * tokens * width * width
-    head = tokens * width * 3
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    for inputs in (torch.zeros(1, 5, 8), (torch.zeros(1, 5, 8),), {"x": torch.zeros(1, 5, 8)}):
-        costs = exit_costs(Attends(), inputs)
-        assert costs == [layer + head, layer + head + recurrence + head]
-    assert torch.backends.mha.get_fastpath_enabled() == fast_path
-    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
-
-
 def test_ignored_samples_play_no_part() -> None:
     logits = [torch.randn(40, 5, dtype=torch.float64) for _ in range(3)]
     target = torch.randint(5, (40,))
@@ -252,17 +191,6 @@ def test_shares_may_leave_exits_out() -> None:
     assert (choose_exits(confidence, thresholds) == 0).all()
 
 
-def test_costs_leave_the_modes_of_the_model_as_they_were() -> None:
-    model = HeadsAtTheEnd()
-    model.norm.eval()
-    exit_costs(model, torch.zeros(1, 2, 4, 4), lambda outputs: outputs["exits"])
-    assert model.training
-    assert not model.norm.training
-    with pytest.raises(TypeError, match="Pass `exits=`"):
-        exit_costs(model, torch.zeros(1, 2, 4, 4))
-    assert model.training
-
-
 def test_confidences_that_are_no_number_leave_at_the_last_exit() -> None:
     confidence = torch.tensor([[torch.nan, 0.5], [0.9, 0.9], [0.8, 0.7], [0.7, 0.6]])
     thresholds = find_thresholds(confidence, exit_shares(2, 1.0))
@@ -275,3 +203,44 @@ def test_thresholds_of_another_number_of_exits_are_named() -> None:
         choose_exits(torch.rand(4, 2), torch.tensor([0.5]))
     with pytest.raises(TypeError, match=r"`confidence` must be a tensor .* got ExitLosses"):
         find_thresholds(ExitLosses(torch.rand(4, 2)), exit_shares(2, 1.0))
+
+
+confidences = st.tuples(st.integers(1, 40), st.integers(1, 6)).flatmap(
+    lambda shape: arrays("float64", shape, elements=st.floats(0, 1, width=16))
+)
+
+
+powers = st.floats(0.05, 4)
+
+
+@settings(max_examples=80, deadline=None)
+@given(confidences, powers, st.randoms(use_true_random=False))
+def test_every_valid_sample_goes_to_one_exit_and_every_exit_gets_its_quota(
+    confidence, power, rng
+) -> None:
+    confidence = torch.from_numpy(confidence)
+    num_samples, num_exits = confidence.shape
+    valid = torch.tensor([rng.random() < 0.7 for _ in range(num_samples)])
+    shares = exit_shares(num_exits, power)
+    members = allot(confidence, shares, valid)
+    assert torch.equal(members.sum(1), valid.long())
+    expected = quotas(shares, valid.sum())[:-1]
+    assert torch.equal(members.sum(0)[:-1].double(), expected)
+    for k in range(num_exits - 1):  # nobody left behind is more confident than one who was taken
+        later = members[:, k + 1 :].any(1)
+        if members[:, k].any() and later.any():
+            assert confidence[members[:, k], k].min() >= confidence[later, k].max()
+
+
+@settings(max_examples=80, deadline=None)
+@given(confidences, powers)
+def test_thresholds_never_pass_a_quota_but_for_a_tie(confidence, power) -> None:
+    confidence = torch.from_numpy(confidence)
+    num_samples, num_exits = confidence.shape
+    shares = exit_shares(num_exits, power)
+    thresholds = find_thresholds(confidence, shares)
+    exits = choose_exits(confidence, thresholds)
+    for k in range(num_exits - 1):
+        above = ((exits == k) & (confidence[:, k] > thresholds[k])).sum()
+        assert above <= quotas(shares[k], num_samples)
+    assert thresholds[-1] == -torch.inf

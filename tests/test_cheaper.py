@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from cases import make_batch, make_model, warm_up
+import cases
+from cases import EXITS, OPTIMIZERS, make_batch, make_model, warm_up
+from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
-from reweight._passes.primal_cache import PrimalCache
+from test_models import ROWS, UNCOMPILED, set_up
 
 MODELS = ["mlp", "conv_batch_norm"]
 
@@ -103,26 +105,6 @@ def test_a_meta_batch_between_forgets_what_waits() -> None:
     assert step(train, other).meta_loss is not None
     assert step(train).meta_loss is None
     assert step(other).meta_loss is not None
-
-
-def test_what_waits_is_recalled_not_computed_again(monkeypatch) -> None:
-    """The products of the last forward are found at the copies of the weights."""
-    step = make("conv_batch_norm", lagged=True)
-    inputs, target = make_batch("conv_batch_norm")
-    train = inputs.repeat(256, 1, 1, 1), target.repeat(256)
-    step(train)
-    found = []
-
-    def recall(values, product):
-        found.append(original(values, product))
-        return found[-1]
-
-    original = PrimalCache.recall
-    monkeypatch.setattr(PrimalCache, "recall", recall)
-    step(train)
-    num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in step.model.modules())
-    assert num_convolutions
-    assert sum(value is not None for value in found) >= num_convolutions
 
 
 def test_a_call_that_fails_keeps_what_waits() -> None:
@@ -292,3 +274,34 @@ def test_a_choice_of_parameters_is_a_step_of_those_alone(estimator) -> None:
 def test_bad_options_are_named(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("num_exits", EXITS.values(), ids=EXITS.keys())
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("model_name", cases.MODELS)
+def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) -> None:
+    """Bitwise: gradients, parameters, buffers, reweighter, results, random state."""
+    train, meta = make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
+    ends = []
+    for lean in (False, True):
+        model = make_model(model_name, num_exits)
+        optimizer = OPTIMIZERS[optimizer_name](model)
+        warm_up(model, optimizer, train)
+        reweighter = SampleReweighter(num_exits, num_hidden=3).double()
+        step = MetaReweightStep(model, optimizer, reweighter, lean=lean)
+        results = [step(train, meta) for _ in range(2)]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        kept = [*model.parameters(), *model.buffers(), *reweighter.parameters()]
+        found = [
+            t for r in results for t in (r.losses.losses, r.weights, r.train_loss, r.meta_loss)
+        ]
+        ends.append([*gradients, *kept, *found, torch.get_rng_state()])
+    assert_same(*ends)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
+@pytest.mark.parametrize("name", UNCOMPILED)
+def test_lean_steps_are_the_same_for_every_model(name: str) -> None:
+    model, _, train, meta = set_up(ROWS[name])
+    assert_same(outcome(model, train, meta, lean=True), outcome(model, train, meta))

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from reweight import ExitLosses, SampleReweighter
 
@@ -127,3 +130,23 @@ def test_bad_options_are_named(options, message) -> None:
 def test_another_number_of_exits_is_named(losses) -> None:
     with pytest.raises(ValueError, match=r"\[samples, num_exits=3\], got \["):
         SampleReweighter(3)(losses)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 12), st.integers(2, 5)).flatmap(
+        lambda shape: arrays("float64", shape, elements=st.floats(0, 1e6))
+    ),
+    st.sampled_from(["tanh", "sigmoid"]),
+    st.sampled_from(["exits", "samples", "both"]),
+    st.floats(0, 2),
+)
+def test_weights_average_one_whatever_the_losses(losses, form, average_over, strength) -> None:
+    losses = torch.from_numpy(losses)
+    options = {"strength": strength} if form == "tanh" else {}
+    reweighter = SampleReweighter(
+        losses.shape[1], form=form, average_over=average_over, num_hidden=3, **options
+    ).double()
+    weights = reweighter(ExitLosses(losses))
+    means = weights.mean({"exits": 1, "samples": 0, "both": (0, 1)}[average_over])
+    torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=1e-9)

@@ -739,25 +739,6 @@ def test_bad_options_are_named(options, error, message) -> None:
         make(**options)
 
 
-@pytest.mark.parametrize(
-    ("form", "interval", "lr"),
-    [
-        ("tanh", 1, 1e-4),
-        ("tanh", 100, 1e-4),
-        ("sigmoid", 1, 1e-3),
-        ("sigmoid", 5, 5e-3),
-        ("sigmoid", 10, 1e-2),
-        ("sigmoid", 100, 1e-2),
-    ],
-)
-def test_the_reweighter_learns_at_a_rate_that_suits_its_interval(form, interval, lr) -> None:
-    step = make(reweighter=SampleReweighter(3, form=form), interval=interval)
-    (group,) = step.reweighter_optimizer.param_groups
-    assert group["lr"] == pytest.approx(lr)
-    assert group["weight_decay"] == 1e-4
-    assert type(step.reweighter_optimizer) is Adam
-
-
 def test_optimizer_of_another_model_is_named() -> None:
     model, other = make_model("mlp"), make_model("mlp")
     with pytest.raises(ValueError, match=r"holds none of them.*after moving the model"):

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against float64; `test_triton.py` runs this file.
+"""The Triton kernels in Triton's interpreter against float64; `test_triton_kernels.py` runs this.
 
 It needs a process of its own: the interpreter is chosen when the kernels are imported. By hand:
 ``TRITON_INTERPRET=1 pytest tests/triton_parity.py``, or without the variable on a GPU.

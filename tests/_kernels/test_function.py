@@ -4,6 +4,8 @@ Each check computes something from losses as a function of one tensor, twice: wi
 ``F.cross_entropy``. A wrong derivative must show, or the check must raise.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, func
+from torch.profiler import ProfilerActivity, profile
 
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
+from reweight._kernels import function
 
 # Forward mode, tracing and the compiler warn of what is PyTorch's own.
 pytestmark = [
@@ -184,8 +188,26 @@ def logits() -> Tensor:
     return torch.randn(NUM_SAMPLES, NUM_CLASSES, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("check", CHECKS)
+# Compiled code is plain operations in every form, and so are transforms: each form is compiled as
+# it is and backward, each transform of one form of either function.
+OF_ALL_FORMS = [check for check in CHECKS if not check.startswith("compiled")]
+GRID = [
+    *((check, form) for check in OF_ALL_FORMS for form in FORMS),
+    *(
+        (f"compiled {check}", form)
+        for check in ("value", "gradient")
+        for form in FORMS
+        if form != "reference"  # which the others become
+    ),
+    *(
+        (f"compiled {check}", form)
+        for check in ("grad", "jvp", "hessian", "vmap of grad")
+        for form in ("one matrix", "linear")
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "form"), GRID)
 def test_equals_pytorchs_own(check: str, form: str, logits: Tensor) -> None:
     ours, theirs = FORMS[form]
     target = TARGET_OF_FEWER if form == "a matrix each" else TARGET
@@ -249,3 +271,103 @@ def test_second_order_of_a_compiled_forward_raises(logits: Tensor) -> None:
     value = compiled(lambda z: exit_cross_entropy(two_exits(z), TARGET).losses.square().sum())(leaf)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(torch.autograd.grad(value, leaf, create_graph=True)[0].sum(), leaf)
+
+
+@pytest.mark.usefixtures("sizes")
+def test_logits_are_left_alone_and_may_be_used_again() -> None:
+    base = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    logits = 2 * base
+    before = logits.detach().clone()
+    target = torch.randint(5, (6,))
+    value = exit_cross_entropy([logits, logits], target).losses.sum()
+    value = value + exit_cross_entropy(logits, target).losses.sum() + logits.softmax(1)[:, 0].sum()
+    expected = 3 * F.cross_entropy(logits, target, reduction="sum") + logits.softmax(1)[:, 0].sum()
+    ours, theirs = (torch.autograd.grad(y, base, retain_graph=True)[0] for y in (value, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(logits, before)
+
+
+def test_the_graph_does_not_hold_the_logits() -> None:
+    """What the exponentials take the place of is free to go."""
+    base = torch.randn(6, 5, requires_grad=True)
+    logits = base + 1
+    gone = weakref.ref(logits)
+    losses = exit_cross_entropy([logits, base + 2], torch.randint(5, (6,))).losses
+    del logits
+    gc.collect()
+    assert gone() is None
+    losses.sum().backward()
+
+
+def test_the_profiler_sees_it_by_name() -> None:
+    logits = [torch.randn(6, 5, requires_grad=True) for _ in range(2)]
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        exit_cross_entropy(logits, torch.randint(5, (6,))).losses.sum().backward()
+    names = {event.key for event in seen.key_averages()}
+    assert {"ExitCrossEntropy", "ExitCrossEntropyBackward"} <= names
+
+
+def test_the_exponentials_become_the_gradient(monkeypatch) -> None:
+    """Unless the graph is kept, or a gradient has a graph that needs them."""
+    seen = []
+    backward = function.kernel_backward
+
+    def spy(*arguments):
+        seen.append(arguments[-1])
+        return backward(*arguments)
+
+    monkeypatch.setattr(function, "kernel_backward", spy)
+    leaf = torch.randn(4, 3, requires_grad=True)
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    losses.backward(retain_graph=True)
+    losses.backward()
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    torch.autograd.grad(losses, leaf, create_graph=True)
+    losses.backward()
+    assert seen == [False, True, False]
+
+
+def test_a_backward_that_broke_off_does_not_run_again(monkeypatch) -> None:
+    leaf = torch.randn(4, 3, requires_grad=True)
+    losses = exit_cross_entropy(leaf, torch.tensor([0, 1, 2, 0])).losses.sum()
+    backward = function.kernel_backward
+
+    def broken(*arguments):
+        backward(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, "kernel_backward", broken)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        losses.backward()
+    with pytest.raises(RuntimeError, match=r"broke off|second time|inplace"):
+        losses.backward()
+
+
+@pytest.mark.usefixtures("sizes")
+def test_results_may_be_changed_in_place() -> None:
+    leaves = [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
+    result = exit_cross_entropy(leaves, torch.tensor([0, 1, 2, 0]))
+    result.confidence.clamp_(max=0.5)
+    losses = 1 * result.losses
+    losses[0] = 0
+    losses.sum().backward()
+    assert all(z.grad[0].eq(0).all() and z.grad[1].ne(0).all() for z in leaves)
+
+
+def test_exits_that_are_frozen_keep_nothing() -> None:
+    exits = [torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)]
+    with torch.autograd.graph.saved_tensors_hooks(sizes := Sizes(), lambda x: x):
+        losses = exit_cross_entropy(exits, torch.tensor([0, 1, 2, 0])).losses
+    assert sizes.count([4, 3]) == 1
+    losses.sum().backward()
+
+
+class Sizes(list):
+    """Takes note of what a graph saves."""
+
+    def __call__(self, tensor):
+        self.append(list(tensor.shape))
+        return tensor

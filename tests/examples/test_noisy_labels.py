@@ -11,6 +11,6 @@ def test_it_trains_reports_and_draws(tmp_path, capsys) -> None:
 
 
 def test_wrong_labels_weigh_less_after_a_few_epochs() -> None:
-    _, losses, weights, wrong = noisy_labels.train(seed=0, epochs=15, learned=True)
+    _, losses, weights, wrong = noisy_labels.train(seed=0, epochs=5, learned=True)
     assert losses.shape == weights.shape == (1197, 1)
     assert weights[wrong].mean() < 0.7 < 1.2 < weights[~wrong].mean()

@@ -23,8 +23,8 @@ NUM_CLASSES = [10, 100, 1000, 32000, 50257, 128256]
 
 def test_the_interpreter_agrees_with_float64() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/triton_parity.py"],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "pytest", "-n", "0", "tests/triton_parity.py"],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

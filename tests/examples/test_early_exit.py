@@ -162,7 +162,7 @@ def test_the_benchmark_counts_answers_unlike_the_simulation(monkeypatch) -> None
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.export
 def test_every_block_of_the_page_runs(tmp_path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "early_exit.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "early_exit.md").read_text()
     torch.manual_seed(0)
     shape = (1, 28, 28)
     scope = {

@@ -1,0 +1,44 @@
+"""A step that is taken or not, bitwise, whatever state its optimizer keeps."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import SGD, Adam
+
+from properties import assert_same
+from reweight._meta.guarded_step import Snapshot, step_where
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    "make", [Adam, lambda p: SGD(p, lr=0.1), lambda p: SGD(p, lr=0.1, momentum=0.9)]
+)
+def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
+    def fresh():
+        parameter = torch.tensor([1.0, 2.0], requires_grad=True)
+        optimizer = make([parameter])
+        for _ in range(num_steps):
+            parameter.grad = torch.tensor([0.5, -1.0])
+            optimizer.step()
+        return parameter, optimizer
+
+    (stepped, optimizer), (expected, plain) = fresh(), fresh()
+    stepped.grad, expected.grad = torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.2])
+    step_where(optimizer, torch.tensor(True), Snapshot(optimizer))
+    plain.step()
+    assert torch.equal(stepped, expected)
+    assert_same(optimizer.state_dict(), plain.state_dict())
+
+    kept, optimizer = fresh()
+    before = kept.detach().clone()
+    state_before = copy.deepcopy(optimizer.state_dict())
+    kept.grad = torch.tensor([torch.nan, 0.2])
+    snapshot = Snapshot(optimizer)
+    step_where(optimizer, torch.tensor(False), snapshot)
+    assert torch.equal(kept, before)
+    assert kept.grad is None
+    if num_steps:
+        assert_same(optimizer.state_dict(), state_before)
+    snapshot.restore()  # the state too that the step has made
+    assert_same(optimizer.state_dict(), state_before)

@@ -1,0 +1,98 @@
+"""Which optimizers there are, what they hold, and which are refused."""
+
+import pytest
+import torch
+import torchopt
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+from cases import make_model
+from reweight._optimizers.accepted import (
+    as_optimizers,
+    check_differentiable,
+    held_by,
+    held_parameters,
+    is_cold,
+)
+from reweight._optimizers.pseudo_update import pseudo_update
+
+
+def test_a_parameter_held_twice_is_refused() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="each parameter once"):
+        as_optimizers([SGD([parameter], lr=0.1), SGD([parameter], lr=0.2)], [])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.Rprop, "got Rprop: its step follows the sign of the gradient alone"),
+        (torch.optim.LBFGS, "got LBFGS: its step evaluates the loss several times"),
+        (torch.optim.SparseAdam, "got SparseAdam: its step is defined for sparse"),
+        (lambda p: getattr(torch.optim, "Adafactor", missing)(p), "got Adafactor: PyTorch has no"),
+        (lambda p: getattr(torch.optim, "Muon", missing)(p), "got Muon: PyTorch has no"),
+        (lambda p: type("Mine", (SGD,), {})(p, lr=0.1), "got Mine: it is not a class of torch.op"),
+    ],
+)
+def test_optimizers_without_derivative_are_refused_with_the_reason(make, message) -> None:
+    parameter = torch.ones(2, 2, requires_grad=True)
+    try:
+        optimizer = make([parameter])
+    except NotImplementedError:
+        pytest.skip("not in this PyTorch")
+    with pytest.raises(TypeError, match=message) as refusal:
+        check_differentiable(optimizer)
+    assert "Use ASGD, Adadelta, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam" in str(refusal.value)
+    assert "pseudo_update='gradient_descent'" in str(refusal.value)
+    update = pseudo_update(
+        [optimizer], {"p": parameter}, {"p": torch.full((2, 2), 2.0)}, "gradient_descent"
+    )
+    lr = optimizer.param_groups[0]["lr"]
+    torch.testing.assert_close(update.parameters["p"], torch.full((2, 2), 1 - 2.0 * lr))
+
+
+def missing(parameters):
+    raise NotImplementedError
+
+
+def test_optimizers_come_as_a_tuple_that_holds_the_model() -> None:
+    model = make_model("mlp")
+    parameters = list(model.parameters())
+    optimizer = SGD(parameters, lr=0.1)
+    assert as_optimizers(optimizer, parameters) == (optimizer,)
+    halves = [SGD(parameters[:2], lr=0.1), AdamW(parameters[2:], lr=0.1)]
+    assert as_optimizers(halves, parameters) == tuple(halves)
+    (made,) = as_optimizers(torchopt.sgd(lr=0.1), parameters)
+    assert list(map(id, held_by([made]))) == list(map(id, parameters))
+    with pytest.raises(ValueError, match="holds none of them"):
+        as_optimizers(SGD([torch.ones(2, requires_grad=True)], lr=0.1), parameters)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(TypeError, match=r"got StepLR\. Pass its `optimizer`"):
+        as_optimizers(scheduler, parameters)
+
+
+def test_what_is_held_trainable_and_chosen_is_moved() -> None:
+    model = make_model("mlp")
+    model.blocks[0].requires_grad_(False)
+    optimizers = [SGD([*model.blocks.parameters(), *model.exits[0].parameters()], lr=0.1)]
+    held = held_parameters(model, optimizers)
+    assert set(held) == {
+        *(f"blocks.{i}.0.{kind}" for i in (1, 2) for kind in ("weight", "bias")),
+        *(f"exits.0.{kind}" for kind in ("weight", "bias")),
+    }
+    assert all(held[name] is dict(model.named_parameters())[name] for name in held)
+    chosen = held_parameters(model, optimizers, lambda name: "exits" in name)
+    assert set(chosen) == {"exits.0.weight", "exits.0.bias"}
+    model.exits[0].weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="real parameters, got complex ones"):
+        held_parameters(model, [SGD(model.parameters(), lr=0.1)])
+
+
+def test_adam_is_cold_until_its_first_step() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    adam, sgd = Adam([parameter]), SGD([parameter], lr=0.1)
+    assert is_cold(adam)
+    assert not is_cold(sgd)
+    parameter.grad = torch.ones(2)
+    adam.step()
+    assert not is_cold(adam)

@@ -1,0 +1,82 @@
+"""What a pass may change comes back bitwise: random state, buffers, ``.grad``."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reweight._passes.snapshots import Beginning, Gradients, RandomState
+
+
+class Draws(nn.Module):
+    """Draws from every generator that there is, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator().manual_seed(3)
+        self.inner = nn.Module()
+        self.inner.deep = torch.Generator().manual_seed(4)
+
+    def forward(self) -> tuple[object, ...]:
+        numbers = [torch.rand(2, generator=g).tolist() for g in (self.own, self.inner.deep, None)]
+        return *numbers, np.random.rand(), random.random()
+
+
+def test_every_generator_of_the_model_draws_again() -> None:
+    model = Draws()
+    model()
+    state = RandomState(model)
+    first, following = model(), model()
+    assert all(one != other for one, other in zip(first, following, strict=True))
+    state.restore()
+    assert (model(), model()) == (first, following)
+    state.restore()  # as often as one likes
+    assert model() == first
+
+
+def test_buffers_come_back_whether_changed_or_replaced() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model.append(model[0])
+    x = torch.randn(5, 3)
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    beginning = Beginning(model)
+    model(x)
+    model[0].running_mean = model[0].running_mean + 1
+    beginning.restore()
+    assert all(one is other for one, other in zip(model.buffers(), buffers, strict=True))
+    assert all(map(torch.equal, buffers, before))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(beginning.buffers[name], buffer)
+        assert beginning.buffers[name].data_ptr() != buffer.data_ptr()
+
+
+def test_a_graph_that_holds_a_buffer_survives_the_way_back() -> None:
+    model = nn.Module()
+    model.register_buffer("factor", torch.tensor([2.0, 3.0]))
+    beginning = Beginning(model)
+    leaf = torch.ones(2, requires_grad=True)
+    product = (leaf * model.factor).sum()
+    beginning.restore()
+    product.backward()
+    assert leaf.grad.tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_gradients_come_back(copy: bool) -> None:
+    parameters = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    parameters[0].grad = gradient = torch.tensor([1.0, 2.0])
+    gradients = Gradients(parameters, copy=copy)
+    if copy:  # for a backward that adds to what is there
+        sum(p.sum() for p in parameters).backward()
+        assert gradient.tolist() == [2.0, 3.0]
+    else:
+        gradients.clear()
+        assert all(p.grad is None for p in parameters)
+        sum(p.sum() for p in parameters).backward()
+    gradients.restore()
+    assert parameters[0].grad.tolist() == [1.0, 2.0]
+    assert (parameters[0].grad is gradient) == (not copy)
+    assert parameters[1].grad is None
