@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, AdamW
 
 from cases import (
     EXITS,
@@ -185,7 +185,7 @@ def test_single_exit_is_meta_weight_net() -> None:
     step = make(num_exits=1, optimizer_name="sgd", objective=MeanObjective())
     train, meta = batches()
     network = copy.deepcopy(step.reweighter.network)
-    adam = Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
+    adam = AdamW(network.parameters(), lr=1e-3, eps=1e-16, weight_decay=1e-4)
     parameters = {n: p.detach().clone().requires_grad_() for n, p in step.model.named_parameters()}
 
     def losses_at(parameters, batch):

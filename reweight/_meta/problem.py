@@ -226,7 +226,7 @@ class MetaProblem:
             # Times the ranks, for that is a mean.
             outputs.backward(num_ranks() * cotangents, **options)
             return {name: _taken(parameter, None) for name, parameter in parameters.items()}
-        replaced = [name for name, p in parameters.items() if p is not self.everything[name]]
+        replaced = [name for name, p in parameters.items() if p is not self.everything.get(name, p)]
         tensors += [self.everything[name] for name in replaced]
         found = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True, **options)
         gradients, beside = found[: len(parameters)], found[len(parameters) :]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, AdamW
 
 from properties import assert_same
 from reweight import ExitLosses, SampleReweighter
@@ -34,7 +34,7 @@ def test_the_reweighter_learns_at_a_rate_that_suits_its_interval(form, interval,
     (group,) = learner.optimizer.param_groups
     assert group["lr"] == pytest.approx(lr)
     assert group["weight_decay"] == 1e-4
-    assert type(learner.optimizer) is Adam
+    assert type(learner.optimizer) is AdamW
 
 
 def learn(learner: ReweighterLearner, losses: Tensor, value: Tensor, meta_loss: float = 1.5):
@@ -124,7 +124,7 @@ def test_a_state_goes_to_a_learner_of_the_same_kind_alone() -> None:
     for each in (learner, twin):
         learn(each, losses, value)
     assert_same(twin.state_dict(), learner.state_dict())
-    other = make(SampleReweighter(2, num_hidden=4).double())  # by Adam
+    other = make(SampleReweighter(2, num_hidden=4).double())  # by AdamW
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="must be of this reweighter and optimizer"):
         other.load_state_dict(learner.state_dict())

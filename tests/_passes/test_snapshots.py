@@ -1,4 +1,4 @@
-"""What a pass may change comes back bitwise: random state, buffers, ``.grad``."""
+"""What a pass may change comes back bitwise: random state, buffers, attributes, ``.grad``."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reweight._passes.snapshots import Beginning, Gradients, RandomState
+from reweight._passes.snapshots import Beginning, Gradients
 
 
 class Draws(nn.Module):
@@ -27,12 +27,12 @@ class Draws(nn.Module):
 def test_every_generator_of_the_model_draws_again() -> None:
     model = Draws()
     model()
-    state = RandomState(model)
+    state = Beginning(model)
     first, following = model(), model()
     assert all(one != other for one, other in zip(first, following, strict=True))
-    state.restore()
+    state.replay()
     assert (model(), model()) == (first, following)
-    state.restore()  # as often as one likes
+    state.replay()  # as often as one likes
     assert model() == first
 
 
@@ -64,6 +64,29 @@ def test_a_graph_that_holds_a_buffer_survives_the_way_back() -> None:
     assert leaf.grad.tolist() == [2.0, 3.0]
 
 
+def test_plain_attributes_come_back_whether_changed_or_replaced() -> None:
+    module = nn.Module()
+    module.number, module.tensor, module.other = 1, torch.zeros(2), torch.zeros(2)
+    module.list, module.dict, module.set = [1, 2], {"a": 1}, {1}
+    tensor, contents = module.tensor, (module.list, module.dict, module.set)
+    model = nn.Sequential(module)
+    beginning = Beginning(model)
+    module.number, module.other, module.new = 2, torch.ones(2), 3
+    module.tensor.add_(1)
+    module.list.append(3)
+    module.dict["a"] = 2
+    module.set.add(2)
+    beginning.replay()
+    assert module.number == 1
+    assert module.tensor is tensor
+    assert tensor.tolist() == module.other.tolist() == [0, 0]
+    assert not hasattr(module, "new")
+    assert (module.list, module.dict, module.set) == ([1, 2], {"a": 1}, {1})
+    assert all(
+        a is b for a, b in zip((module.list, module.dict, module.set), contents, strict=True)
+    )
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_gradients_come_back(copy: bool) -> None:
     parameters = [torch.ones(2, requires_grad=True) for _ in range(2)]
@@ -77,6 +100,8 @@ def test_gradients_come_back(copy: bool) -> None:
         assert all(p.grad is None for p in parameters)
         sum(p.sum() for p in parameters).backward()
     gradients.restore()
+    with gradients.taken_away():
+        assert all(p.grad is None for p in parameters)
     assert parameters[0].grad.tolist() == [1.0, 2.0]
     assert (parameters[0].grad is gradient) == (not copy)
     assert parameters[1].grad is None
