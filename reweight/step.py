@@ -46,8 +46,8 @@ class MetaReweightStep:
             parameters; groups, learning rates and state are read at every step and never changed.
             A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
-        reweighter_optimizer: moves the reweighter. Default, as published: Adam, weight decay 1e-4,
-            learning rate 1e-4; for the sigmoid form 1e-3 times the interval, up to 1e-2.
+        reweighter_optimizer: moves the reweighter. Default: AdamW, learning rate and weight decay
+            1e-4 as published; the rate of the sigmoid form is 1e-3 times the interval, up to 1e-2.
         objective: the meta loss. Default ``BudgetedObjective()``.
         interval: update the reweighter at every interval-th call of ``backward``, accumulating
             ones too, beginning with the first. Default 1 (published: 1 CIFAR, 100 ImageNet).
