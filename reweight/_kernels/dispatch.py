@@ -12,7 +12,7 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
 _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-_OLDEST_TRITON = (3, 9)
+_OLDEST_TRITON = (3, 2)
 _TRITON = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -37,7 +37,7 @@ def choose(
     if impl == "triton" and not _fits_triton(exits):
         got = sorted({f"{z.dtype} on {z.device}" for z in exits})
         raise ValueError(
-            "`impl='triton'` needs the package triton, 3.9 or newer, and logits on one GPU and of "
+            "`impl='triton'` needs the package triton, 3.2 or newer, and logits on one GPU and of "
             f"one dtype, float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
         )
     if impl == "auto":
@@ -73,7 +73,7 @@ def is_traced() -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether there is a Triton that the kernels were tested with: 3.2 fails them."""
+    """Whether there is a Triton that a supported PyTorch may come with."""
     if importlib.util.find_spec("triton") is None:
         return False
     major, minor, *_ = importlib.metadata.version("triton").split(".")

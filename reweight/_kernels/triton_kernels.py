@@ -90,13 +90,15 @@ def configuration(num_classes: int, dtype: torch.dtype, alignment: int) -> dict[
     """How the kernels are compiled for logits of at most this many classes.
 
     At most 8,192 elements a program and 32 a thread: beyond that registers spill. Rows of few
-    classes share a program.
+    classes share a program, 4 elements a thread: they may all lie in different rows, and what is
+    kept of a row takes more registers than its element.
     """
     block = min(triton.next_power_of_2(num_classes), 8192)
-    rows = max(1, 1024 // block)
+    rows = max(1, 512 // block)
     return {
         "DTYPE": _DTYPES[dtype],
         "ALIGNMENT": alignment,
+        "VECTOR": alignment // dtype.itemsize,
         "ROWS": rows,
         "BLOCK": block,
         "num_warps": 4 if rows * block <= 4096 else 8,
@@ -124,19 +126,18 @@ def _prepare(
 
 
 @triton.jit
-def _exit(table, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+def _exit(table, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
     """Logits, gradient, number of classes and row stride of an exit, with what is known of them."""
     entry = table + 4 * index
     logits = tl.load(entry).to(tl.pointer_type(DTYPE))
     gradient = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     num_classes = tl.load(entry + 2).to(tl.int32)
     stride = tl.load(entry + 3)  # int64: a row times its stride may pass 2^31
-    vector: tl.constexpr = 8 * ALIGNMENT // DTYPE.primitive_bitwidth
     return (
         tl.multiple_of(logits, ALIGNMENT),
         tl.multiple_of(gradient, ALIGNMENT),
-        tl.multiple_of(num_classes, vector),
-        tl.multiple_of(stride, vector),
+        tl.multiple_of(num_classes, VECTOR),
+        tl.multiple_of(stride, VECTOR),
     )
 
 
@@ -155,11 +156,12 @@ def _forward_kernel(
     SMOOTHING: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(1)
-    logits, _, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT)
+    logits, _, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     y = tl.load(target + row, mask=inside, other=ignore_index)
@@ -179,9 +181,11 @@ def _forward_kernel(
         column = start + tl.arange(0, BLOCK)[None, :]
         mask = inside[:, None] & (column < num_classes)
         z = tl.load(first[:, None] + column, mask=mask, other=-float("inf")).to(tl.float32)
+        # First of all: a comparison that comes later is made here all the same, and kept till then
+        # in a register for each element.
+        before = tl.maximum(before, tl.max(tl.where(column < y[:, None], z, -float("inf")), 1))
         m_old, m = m, tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m_old - m) + tl.sum(tl.exp(z - m[:, None]), 1)
-        before = tl.maximum(before, tl.max(tl.where(column < y[:, None], z, -float("inf")), 1))
         if SMOOTHING:
             gap += start * (m - m_old) + tl.sum(tl.where(mask, m[:, None] - z, 0.0), 1)
 
@@ -212,11 +216,12 @@ def _backward_kernel(
     smoothing,
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(1).to(tl.int64)
-    logits, gradient, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT)
+    logits, gradient, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = row < num_rows

@@ -1,0 +1,104 @@
+"""What the Triton kernels compile to for a GPU that is not there: no driver, no launch.
+
+`test_triton.py` asserts it of one Triton, `benchmarks/triton_versions.py` lists it of all.
+"""
+
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from reweight._kernels import triton_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = [80, 90, 100]
+NUM_CLASSES = [10, 100, 1000, 32000, 50257, 128256]
+
+
+class MachineCode(NamedTuple):
+    """One compiled kernel, by what its instructions say."""
+
+    name: str
+    options: dict[str, Any]
+    """Its constants, and how many warps a program has."""
+    num_registers: int
+    stack_bytes: int
+    num_spills: int
+    """Instructions that move a register to memory of the thread's own, or back."""
+    num_wide_loads: int
+    """Instructions that load 128 bits at a time."""
+    num_wide_stores: int
+
+
+class _Driver:
+    """As much of a GPU's driver as compiling takes."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def machine_code(architecture: int) -> list[MachineCode]:
+    """What would be launched on it for rows of few and many classes, aligned and not."""
+    kernels = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, warmup, **options) -> None:
+        kernel = run(self, *args, warmup=True, **options)
+        kernels[kernel.hash] = kernel, options
+
+    def launch(logits: torch.Tensor, label_smoothing: float) -> None:
+        options = [torch.zeros(2, dtype=torch.int64), -100, label_smoothing]
+        _, confidence, _, peak = triton_kernels.forward([logits], *options)
+        upstream = torch.ones(1, 2)
+        triton_kernels.backward([logits], *options, peak, confidence, upstream)
+
+    with patch.dict(vars(driver)), patch.object(JITFunction, "run", compile_only):
+        driver.set_active(_Driver(architecture))
+        for dtype in (torch.float32, torch.bfloat16):
+            for num_classes in NUM_CLASSES:
+                storage = torch.empty(2 * num_classes + 1, dtype=dtype)
+                for part in (storage[:-1], storage[1:]):
+                    for label_smoothing in (0.0, 0.1):
+                        launch(part.view(2, num_classes), label_smoothing)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda pair: _read(*pair), kernels.values()))
+
+
+def _read(kernel, options: dict[str, Any]) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tools = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "--no-dataflow"]
+        usage, listing = (
+            subprocess.run(
+                [TOOLS / tool, option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for tool, option in tools
+        )
+    sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return MachineCode(
+        name=kernel.name,
+        options=options,
+        num_registers=sizes["REG"],
+        stack_bytes=sizes["STACK"] + sizes["LOCAL"],
+        num_spills=len(re.findall(r"\b(?:STL|LDL)\b", listing)),
+        num_wide_loads=len(re.findall(r"\bLDG\.E[.\w]*\.128\b", listing)),
+        num_wide_stores=len(re.findall(r"\bSTG\.E[.\w]*\.128\b", listing)),
+    )
