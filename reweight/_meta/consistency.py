@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from reweight._meta.problem import MetaProblem
 from reweight._optimizers.accepted import Parameters
 from reweight._passes.differences import DifferenceWatch
+from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import gather, num_ranks
 from reweight._ranks.shards import local, num_copies
 
@@ -64,14 +65,15 @@ class Check:
     that of finite differences is larger, for the kinks of ReLU and the like.
 
     Args:
+        ladder: what is known of the operations of the model.
         is_coarse: whether the estimator is finite differences.
 
     Attributes:
         failures: in how many updates in a row they did not.
     """
 
-    def __init__(self, *, is_coarse: bool) -> None:
-        self.is_coarse, self.failures = is_coarse, 0
+    def __init__(self, ladder: Ladder, *, is_coarse: bool) -> None:
+        self.is_coarse, self.failures, self._ladder = is_coarse, 0, ladder
         self._precision = 0.0  # of the numbers inside the model, where they are coarser
         self._expected: tuple[Later, float] | None = None
         self._is_first = True
@@ -124,8 +126,8 @@ class Check:
         found = Later(relative_difference(gather(parts))).read()
         if not found > self._tolerance(problem.precision):
             return None
-        watch = DifferenceWatch()  # there may be autocast inside the model
-        problem.replay({}, {}, watch)
+        watch = DifferenceWatch(self._ladder)  # there may be autocast inside the model
+        self._ladder.run(lambda: problem.replay({}, {}, watch, self._ladder.needs_graph))
         self._precision = watch.precision
         return found if found > self._tolerance(problem.precision) else None
 

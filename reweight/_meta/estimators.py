@@ -24,12 +24,14 @@ from reweight._meta.consistency import Check, both_ways
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._passes.compiled import NotCompiledError
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.forward_mode import (
     load_forward_mode,
     plain_attention,
     tangents_follow_gradients,
 )
+from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import sums_over_ranks
 from reweight._ranks.shards import is_sharded, whole
 from reweight.losses import ExitLosses
@@ -38,18 +40,22 @@ from reweight.objectives import MetaLoss
 _logger = logging.getLogger("reweight")
 
 
-def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+def dual_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> Tensor:
     """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
     load_forward_mode()
-    with forward_ad.dual_level():
-        within = tangents_follow_gradients(problem.first.cache)
-        losses = problem.replay({}, tangents, within)  # θ + ε·v
-        value, product = forward_ad.unpack_dual(losses)
-    # None where the losses move with nothing that the meta loss moves with.
-    return torch.zeros_like(value) if product is None else product
+
+    def product() -> Tensor:
+        with forward_ad.dual_level():
+            within = tangents_follow_gradients(problem.first.cache, ladder)
+            losses = problem.replay({}, tangents, within, ladder.needs_graph)  # θ + ε·v
+            value, tangent = forward_ad.unpack_dual(losses)
+        # None where the losses move with nothing that the meta loss moves with.
+        return torch.zeros_like(value) if tangent is None else tangent.detach()
+
+    return ladder.run(product)
 
 
-def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> Tensor:
     """⟨v, ∇θ l⟩ approximately, by two forwards at θ ± h·v; for what has no forward mode.
 
     h·‖v‖ is precision^⅔·‖θ‖, 2e-5 of ‖θ‖ in float32 and 0.04 in bfloat16: rounding, which grows as
@@ -61,19 +67,16 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
         torch.stack([whole(tensor.detach().norm()) for tensor in tensors]).norm()
         for tensors in ([problem.first.moved[name] for name in tangents], tangents.values())
     ]
-    watch = DifferenceWatch()
+    watch = DifferenceWatch(ladder)
+
+    def losses_at(distance: Tensor) -> Tensor:
+        at = {n: problem.first.moved[n].detach() + distance * v for n, v in tangents.items()}
+        return ladder.run(lambda: problem.replay(at, {}, watch, ladder.needs_graph))
 
     def difference(precision: float) -> Tensor:
         step = precision ** (2 / 3) * lengths[0] / lengths[1]
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
-        above, below = (
-            problem.replay(
-                {n: problem.first.moved[n].detach() + sign * step * v for n, v in tangents.items()},
-                {},
-                watch,
-            )
-            for sign in (1, -1)
-        )
+        above, below = (losses_at(sign * step).detach() for sign in (1, -1))
         return (above - below) / (2 * step)
 
     product = difference(problem.precision)
@@ -160,13 +163,6 @@ def _grad(
     return tuple(map(dense, gradients))
 
 
-_FUNCTION_ADVICE = (
-    " They are wrong if its backward is not its derivative, as where gradients are scaled or "
-    "reversed: write that as x*s + (x*(1-s)).detach(), or give it a jvp, or use "
-    "estimator='unrolled'."
-)
-
-
 class Estimator:
     """The hypergradient of a meta step, and whether it can be trusted.
 
@@ -193,7 +189,8 @@ class Estimator:
                 "fully_shard."
             )
         self.name, self._is_auto, self._may_unroll = name, name == "auto", may_unroll
-        self.check = Check(is_coarse=name == "finite_difference")
+        self.ladder = Ladder()
+        self.check = Check(self.ladder, is_coarse=name == "finite_difference")
 
     def __call__(self, problem: MetaProblem) -> Hypergradient:
         """∂L_meta/∂w of this step."""
@@ -208,7 +205,7 @@ class Estimator:
             tangents = {n: _through_hooks(problem.everything[n], each) for n, each in v.items()}
             product = self._dual_product(problem, tangents)
             if product is None:
-                product = difference_product(problem, tangents)
+                product = difference_product(problem, tangents, self.ladder)
             value = (problem.first.sample_shares * problem.spread(product)).detach()
             return value, both_ways(problem, ahead.gradients, v, value)
 
@@ -245,11 +242,10 @@ class Estimator:
         if self.name == "finite_difference":
             return None
         try:
-            return dual_product(problem, tangents)
-        except (NotImplementedError, RuntimeError) as error:
-            named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
-            if not (named or isinstance(error, NotImplementedError)):
-                raise
+            return dual_product(problem, tangents, self.ladder)
+        except NotCompiledError:
+            raise
+        except Exception as error:  # of any kind: the first forward was without
             if self.name == "forward":
                 raise NotImplementedError(
                     "The model has an operation without forward mode. Use estimator="
@@ -257,9 +253,8 @@ class Estimator:
                 ) from error
             _logger.warning(
                 "Finite differences instead of forward mode, so hypergradients are approximate "
-                "from here on: %s%s",
-                str(error).splitlines()[0],
-                _FUNCTION_ADVICE if "custom autograd.Function" in str(error) else "",
+                "from here on: %s",
+                f"{type(error).__name__}: {error}".splitlines()[0],
             )
             self.name, self.check.is_coarse = "finite_difference", True
             return None

@@ -11,6 +11,39 @@ import torch
 from torch import Tensor, nn
 
 
+class RandomState:
+    """The state of the generators that may be drawn from, now.
+
+    Those are the global ones of PyTorch, NumPy and Python, and those that are named.
+
+    Args:
+        devices: whose global generators are meant, besides the CPU's.
+        generators: others.
+    """
+
+    def __init__(
+        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator]
+    ) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+        self._others = {
+            device: getattr(torch, device.type).get_rng_state(device)
+            for device in set(devices)
+            if device.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        """Put the generators back to where they were."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for device, state in self._others.items():
+            getattr(torch, device.type).set_rng_state(state, device)
+
+
 class Beginning:
     """What a forward begins with and may change, now.
 
@@ -25,13 +58,7 @@ class Beginning:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._others = {
-            device: getattr(torch, device.type).get_rng_state(device)
-            for device in {parameter.device for parameter in model.parameters()}
-            if device.type not in ("cpu", "meta")
-        }
+        self._random_state = RandomState((p.device for p in model.parameters()), ())
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
         self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
@@ -53,11 +80,7 @@ class Beginning:
 
     def replay(self) -> None:
         """Random state and attributes as they were; the buffers of a pass are copies anyway."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others.items():
-            getattr(torch, device.type).set_rng_state(state, device)
+        self._random_state.restore()
         for module, plain in self._attributes:
             held = vars(module)
             for name in held.keys() - plain.keys() - _OF_EVERY_MODULE:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reweight._passes.differences import DifferenceWatch, working_precision
+from reweight._passes.ladder import Ladder
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 
@@ -25,14 +26,14 @@ def no_grad(x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_cuts_from_the_graph_are_noticed(function, cuts: bool) -> None:
-    with DifferenceWatch() as watch:
+    with DifferenceWatch(Ladder()) as watch:
         function(torch.ones(2, requires_grad=True))
     assert watch.cuts == cuts
 
 
 def test_the_coarsest_number_on_the_way_is_noticed() -> None:
     x = torch.ones(2, dtype=torch.float64)
-    with DifferenceWatch() as watch:
+    with DifferenceWatch(Ladder()) as watch:
         x.sin()
         assert watch.precision == EPS[torch.float64]
         x.argmax()

@@ -12,6 +12,7 @@ from cases import MultiExit
 from properties import outcome
 from reweight._passes import forward_mode, primal_cache
 from reweight._passes.forward_mode import tangents_follow_gradients
+from reweight._passes.ladder import Ladder
 from reweight._passes.primal_cache import PrimalCache
 from test_models import ROWS, set_up
 
@@ -60,7 +61,7 @@ def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch
     with forward_ad.dual_level():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             theirs = run()
-        with tangents_follow_gradients(PrimalCache()):
+        with tangents_follow_gradients(PrimalCache(), Ladder()):
             ours = run()
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # rounding
