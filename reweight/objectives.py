@@ -98,7 +98,10 @@ class BudgetedObjective:
                 valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
             rows, own = gather_rows(torch.cat([confidence, valid.unsqueeze(1)], 1))
             confidence, valid = rows[:, :-1], rows[:, -1] > 0
-        members = allot(confidence, exit_shares(meta.losses.shape[1], self.power), valid)[own]
+        shares = exit_shares(meta.losses.shape[1], self.power)
+        # From pageable memory this small copy is staged at once: it does not wait for the device.
+        shares = shares.to(confidence.device, non_blocking=True)
+        members = allot(confidence, shares, valid)[own]
         counts = sum_over_ranks(members.sum(0).to(meta.losses.dtype))
         sums = torch.where(members, meta.losses, 0).sum(0)
         value = (sums / counts.clamp(min=1)).sum()
