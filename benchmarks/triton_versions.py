@@ -77,7 +77,7 @@ def check(version: str) -> dict[str, Any]:
         packages = [f"triton=={version}", f"numpy=={numpy_version}"]
         options = ["--quiet", "--no-deps", "--target", name]
         subprocess.run([sys.executable, "-m", "pip", "install", *options, *packages], check=True)
-        pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-W", WARNING, "-vv"]
+        pytest = ["-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-W", WARNING, "-vv"]
         parity = run(Path(name), *pytest, "tests/triton_parity.py", TRITON_INTERPRET="1")
         outcomes = re.findall(r"^\S+triton_parity.py::\S+.* (\w+) ", parity.stdout, re.M)
         compiled = run(Path(name), "-c", COMPILE)
