@@ -33,11 +33,13 @@ class RandomState:
     @classmethod
     def of(cls, model: nn.Module) -> "RandomState":
         """Of the model's devices, and of ``torch.Generator`` attributes of its modules."""
-        attributes = (value for module in model.modules() for value in vars(module).values())
-        return cls(
-            (parameter.device for parameter in model.parameters()),
-            [value for value in attributes if isinstance(value, torch.Generator)],
-        )
+        generators = [
+            value
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, torch.Generator)
+        ]
+        return cls([parameter.device for parameter in model.parameters()], generators)
 
     def restore(self) -> None:
         """Put the generators back to where they were."""
