@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reweight._passes.operations import have_tangents
 
-_conditionals = importlib.import_module("torch._higher_order_ops.cond")
+_conditionals: Any = importlib.import_module("torch._higher_order_ops.cond")
 
 
 @contextmanager
@@ -21,21 +21,13 @@ def as_written() -> Iterator[None]:
     ``torch.cond`` cannot do without the compiler otherwise, and reentrant checkpointing neither has
     gradients of chosen inputs nor tangents. Values and gradients are the same.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_replaced(checkpointing, "CheckpointFunction", _Checkpoint))
-        stack.enter_context(_replaced(_conditionals, "cond_op", _cond))
-        yield
-
-
-@contextmanager
-def _replaced(module: Any, name: str, replacement: Any) -> Iterator[None]:
-    original = vars(module)[name]
-    setattr(module, name, replacement)
+    before = checkpointing.CheckpointFunction, _conditionals.cond_op
+    checkpointing.CheckpointFunction, _conditionals.cond_op = _Checkpoint, _cond  # type: ignore[assignment,misc]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        setattr(module, name, original)
+        checkpointing.CheckpointFunction, _conditionals.cond_op = before  # type: ignore[misc]
 
 
 class _Checkpoint:

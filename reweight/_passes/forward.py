@@ -1,7 +1,7 @@
 """Running the user's model: at other parameters, on copies of its buffers, randomness replayed."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.shards import placed
 from reweight.batches import Batch, copied, describe, tensors_of
-from reweight.losses import ExitLosses, logits_kept
+from reweight.losses import ExitLosses, exit_cross_entropy, logits_kept
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 T = TypeVar("T")
@@ -152,11 +152,15 @@ class ExitForward:
         self, model: nn.Module, inputs: Any, target: Any, within: AbstractContextManager[Any] | None
     ) -> ExitLosses:
         compiled = self.compiled is not None
-        outputs = self._outputs(model, inputs) if compiled else None
-        with within or nullcontext(), logits_kept(within is not None and not compiled):
+        with logits_kept(within is not None and not compiled), ExitStack() as context:
+            outputs = self._outputs(model, inputs) if compiled else None
+            context.enter_context(within or nullcontext())
             if not compiled:
                 outputs = self._outputs(model, inputs)
-            result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
+            logits = outputs if self._exits is None else self._exits(outputs)
+            if self._loss is exit_cross_entropy:  # which needs no help, and would be slower
+                context.close()
+            result = self._loss(logits, target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):
             raise TypeError(

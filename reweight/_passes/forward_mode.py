@@ -194,11 +194,14 @@ def _attention(
     """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
     tensors = (query, key, value)
     special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled("cpu")
-    if special or not all(map(_is_constant, tensors)):
-        return None
+    special = special or not all(map(_is_constant, tensors))
     (q, dq), (k, dk), (v, dv) = map(unpack, tensors)
-    if dq is None or dk is None or dv is None or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
-        return None
+    special = special or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if special or dq is None or dk is None or dv is None:
+        with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
+            return F.scaled_dot_product_attention(
+                *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         # Bitwise that of the first forward, or nothing after it would be recalled.
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
