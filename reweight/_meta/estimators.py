@@ -260,6 +260,8 @@ class Estimator:
         except NotCompiledError:
             raise
         except Exception as error:  # of any kind: the first forward was without
+            if sharded_modules(problem.model) and not isinstance(error, NotImplementedError):
+                raise  # it may be this rank's alone, and the others would wait
             if self.name == "forward":
                 raise NotImplementedError(
                     "The model has an operation without forward mode. Use estimator="
