@@ -1,0 +1,211 @@
+"""Is a recorded step the class's own, and its derivative that of the class's own?
+
+It is asked where an optimizer is used first, of copies, in float64 too: the only time that the
+device is waited for.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reweight._optimizers.recorded_step import record, recorded_step, step_alone
+from reweight._optimizers.recorder import LOW
+from reweight._optimizers.scalars import Refused
+from reweight._optimizers.twin import Alias, twin
+from reweight._ranks.shards import whole
+
+_logger = logging.getLogger("reweight")
+
+Gradients = Mapping[int, Tensor | None]
+_ENTRIES = 1 << 22  # of parameters; more are verified only where they are of another kind
+
+
+def verify(optimizer: optim.Optimizer, gradients: Gradients) -> bool:
+    """Raise Refused, with the reason, unless both are so along a direction drawn at random.
+
+    Args:
+        optimizer: nothing of it changes.
+        gradients: by the id of the parameter; None for none.
+
+    Returns:
+        Whether the numbers that the step takes out of tensors may keep their derivative.
+    """
+    few, gradients = _few(optimizer, gradients)
+    own = _own_step(few, gradients, _copied, None)
+    keeps_numbers = True
+    leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
+    try:
+        ahead = recorded_step(few, leaves)
+    except Refused:
+        raise
+    except Exception:  # code that takes no number but Python's own
+        keeps_numbers = False
+        ahead = recorded_step(few, leaves, keeps_numbers)
+    moved = False
+    for group in few.param_groups:
+        for p in group["params"]:
+            if id(p) in ahead.parameters:
+                new, real = (whole(each.detach()) for each in (ahead.parameters[id(p)], own[id(p)]))
+                step = (real - whole(p.detach())).abs().max().item()
+                allowed = 4 * torch.finfo(p.dtype).eps * real.abs().max().item() + 1e-3 * step
+                off = (new - real).abs().max().item()
+                if off > allowed:
+                    raise Refused(f"its step gives other parameters, by {off:.1e}, when recorded")
+                moved = moved or step > 0
+    try:
+        # Differences in float64 are good to 1e-6 and better; kinks of the step are what is left.
+        _check_slope(few, gradients, torch.float64, 1e-3, keeps_numbers, moved)
+    except (RuntimeError, AssertionError, ValueError):  # the class knows its own types alone
+        _check_slope(few, gradients, None, 0.05, keeps_numbers, moved)
+    return keeps_numbers
+
+
+def kinds(optimizer: optim.Optimizer, gradients: Gradients) -> dict[Any, int]:
+    """The parameters that a step may treat differently, and one of each, the smallest."""
+    found: dict[Any, tuple[int, int]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        switches = tuple(v for v in group.values() if v is None or isinstance(v, bool | str))
+        for p in group["params"]:
+            if gradients.get(id(p)) is not None:
+                state = frozenset(map(str, optimizer.state.get(p, ())))
+                kind = (number, switches, p.dim(), p.dtype, p.device, state)
+                found[kind] = min((p.numel(), id(p)), found.get(kind, (p.numel(), id(p))))
+    return {kind: key for kind, (_, key) in found.items()}
+
+
+def _few(
+    optimizer: optim.Optimizer, gradients: Gradients
+) -> tuple[optim.Optimizer, dict[int, Tensor | None]]:
+    """The optimizer of some of its parameters, in the same memory, and their gradients."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    chosen, num_entries = set(kinds(optimizer, gradients).values()), 0
+    for p in sorted(held, key=lambda p: p.numel()):
+        num_entries += p.numel()
+        if num_entries <= _ENTRIES:
+            chosen.add(id(p))
+    few = object.__new__(type(optimizer))
+    few.__dict__.update(vars(optimizer))
+    if len(chosen) < len(held) and "param_groups" in vars(optimizer):
+        few.state = copy.copy(optimizer.state)
+        for p in held:
+            if id(p) not in chosen:
+                few.state.pop(p, None)
+        few.param_groups = [
+            {**group, "params": [p for p in group["params"] if id(p) in chosen]}
+            for group in optimizer.param_groups
+        ]
+    held = [p for group in few.param_groups for p in group["params"]]
+    some = {id(p): gradients[id(p)] for p in held if id(p) in gradients}
+    return few, {key: None if g is None else g.detach() for key, g in some.items()}
+
+
+def _own_step(
+    optimizer: optim.Optimizer, gradients: Gradients, alias: Alias, wide: torch.dtype | None
+) -> dict[int, Tensor]:
+    """θ̂ as the class's own step makes it, on copies of all that it holds."""
+    new = twin(optimizer, gradients, alias)
+    with step_alone(new.parameters.values()), Widened(wide) if wide else nullcontext():
+        new.step()
+    return {key: p.detach() for key, p in new.parameters.items()}
+
+
+def _check_slope(
+    optimizer: optim.Optimizer,
+    gradients: Gradients,
+    wide: torch.dtype | None,
+    tolerance: float,
+    keeps_numbers: bool,
+    moved: bool,
+) -> None:
+    """Raise Refused unless ⟨c, ∂θ̂/∂g·u⟩ is as of differences, for some c and u."""
+    alias: Alias = _copied if wide is None else lambda t: _copied(t, wide)
+    origin = twin(optimizer, gradients, alias)  # everything in that precision
+    leaves = {
+        id(p): p.grad.requires_grad_()
+        for key, p in origin.parameters.items()
+        if gradients.get(key) is not None and p.grad is not None
+    }
+    start = {id(p): p.detach().clone() for p in origin.parameters.values()}
+    ahead, recorder = record(origin.optimizer, leaves, wide, keeps_numbers)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return noise.to(like.device, like.dtype)
+
+    # Of one size for every parameter, so that none hides behind another.
+    c = {
+        key: drawn(t) / (t.detach() - start[key]).norm().clamp(min=1e-30)
+        for key, t in ahead.items()
+    }
+    value = torch.stack([(c[key] * t).sum() for key, t in ahead.items()]).sum()
+    slopes: tuple[Tensor, ...] = tuple(map(torch.zeros_like, leaves.values()))
+    if value.requires_grad:
+        slopes = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+    is_flat = not any(slope.count_nonzero() for slope in slopes)
+    if is_flat and moved and recorder.signs:
+        raise Refused("its step follows the signs of the gradient alone, which have no derivative")
+    # In proportion, and not where there is no derivative, as at 0.
+    u = {
+        key: torch.where(slope.isfinite(), drawn(g) * g.detach().abs(), 0)
+        for (key, g), slope in zip(leaves.items(), slopes, strict=True)
+    }
+    found = sum(
+        (slope.nan_to_num(0, 0, 0) * u[key]).sum().item()
+        for key, slope in zip(leaves, slopes, strict=True)
+    )
+
+    def at(h: float) -> float:
+        moved_gradients = {key: g.detach() + h * u[key] for key, g in leaves.items()}
+        own = _own_step(origin.optimizer, moved_gradients, _copied, wide)
+        return float(sum((c[key] * (own[key] - ahead[key].detach())).sum() for key in ahead))
+
+    sizes = (1e-4, 1e-5, 1e-6) if wide else (1e-1, 3e-2, 1e-2)
+    differences = [(at(h) - at(-h)) / (2 * h) for h in sizes]
+    expected = min(differences, key=lambda difference: abs(difference - found))
+    floor = 1e-7 if wide else 1e-2
+    if abs(found - expected) <= tolerance * abs(expected) + floor * len(leaves) ** 0.5:
+        return
+    if recorder.num_constants:
+        _logger.warning(
+            "%s takes numbers out of tensors, whose derivative is left out: hypergradients are "
+            "approximate, by %.1g of the derivative of its step along a direction drawn at random.",
+            type(optimizer).__name__,
+            abs(found - expected) / abs(expected),
+        )
+        return
+    lost = f"; {', '.join(sorted(recorder.lost))} has none" if recorder.lost else ""
+    raise Refused(
+        f"its derivative is {found:.3g} along a direction in which differences give "
+        f"{expected:.3g}{lost}"
+    )
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    wanted = dtype if dtype and (tensor.dtype in LOW or tensor.dtype is torch.float32) else None
+    return tensor.detach().to(wanted or tensor.dtype, copy=True)
+
+
+class Widened(TorchDispatchMode):
+    """What is asked for in a lower precision comes in this one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") in (*LOW, torch.float32):
+            kwargs = {**kwargs, "dtype": self._dtype}
+        return func(*args, **kwargs)
