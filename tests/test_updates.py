@@ -267,9 +267,13 @@ def test_optimizers_without_derivative_are_refused_with_the_reason(make, message
     parameter = torch.ones(2, 2, requires_grad=True)
     optimizer = make([parameter])
     gradients = {"p": torch.full((2, 2), 2.0)}
-    with pytest.raises(TypeError, match=message) as refusal:
+
+    def look_ahead() -> None:
         check_differentiable(optimizer)
         pseudo_update([optimizer], {"p": parameter}, gradients)
+
+    with pytest.raises(TypeError, match=message) as refusal:
+        look_ahead()
     assert "pseudo_update='gradient_descent'" in str(refusal.value)
     update = pseudo_update([optimizer], {"p": parameter}, gradients, "gradient_descent")
     lr = optimizer.param_groups[0]["lr"]

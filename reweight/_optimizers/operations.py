@@ -1,13 +1,15 @@
-"""What the schema of an operation says, and operations on lists, tensor by tensor."""
+"""Operations: what their schemas say, and what they come to without writing anything."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymFloat, Tensor
 from torch._ops import OpOverload
+
+from reweight._optimizers.scalars import Refused
 
 aten = torch.ops.aten
 
@@ -123,3 +125,88 @@ def leaves(values: Iterable[Any]) -> Iterator[Any]:
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among them."""
     return (value for value in leaves(values) if isinstance(value, Tensor))
+
+
+def valued(near: Tensor, exact: Tensor) -> Tensor:
+    """The second value, with the derivative of the first."""
+    result: Tensor = _Valued.apply(near, exact)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Valued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, near: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor, None]:
+        return cotangent, None
+
+
+def results_of(
+    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any], tracked: bool
+) -> Any:
+    """What an operation returns, or would write."""
+    if op.is_list:
+        return one_by_one(op.name, values, named)
+    if op.name == "copy":
+        return values[1]
+    if not op.written:
+        return func(*values, **named)
+    if op.functional is not None:
+        outputs = {name for _, name in op.written} if op.is_out else ()
+        given = {name: value for name, value in named.items() if name not in outputs}
+        results = op.functional(*values, **given)
+        if not tracked or all(map(has_derivative, tensors_in([results]))):
+            return results
+    if op.is_out and tracked:
+        raise Refused(f"its step calls {func}, which has no derivative")
+    for i, name in op.written:  # in place, on tensors that nothing else has seen
+        if name in named:
+            named[name] = each(_cloned, named[name])
+        else:
+            values[i] = each(_cloned, values[i])
+    func(*values, **named)
+    return [named[name] if name in named else values[i] for i, name in op.written]
+
+
+def results_with_numbers(
+    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
+) -> Any:
+    """The values that numbers give, with the derivative that tensors in their place have."""
+    constants = [each(_constant_for, value) for value in values]
+    exact = results_of(
+        func, op, constants, {n: each(_constant_for, v) for n, v in named.items()}, False
+    )
+    values = [each(_tensor_for, value) for value in values]
+    named = {name: each(_tensor_for, value) for name, value in named.items()}
+    near = (
+        one_by_one(op.name, values, named) if op.is_list else [by_name(op.name, *values, **named)]
+    )
+    pairs = zip(near, tensors_in([exact]), strict=True)
+    results = [valued(new.to(value.dtype).expand_as(value), value) for new, value in pairs]
+    return results[0] if isinstance(exact, Tensor) else results
+
+
+def _constant_for(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return float(value.node.value.detach()) if isinstance(value, SymFloat) else value
+
+
+def _tensor_for(value: Any) -> Any:
+    return value.node.value if isinstance(value, SymFloat) else value
+
+
+def _cloned(value: Tensor) -> Tensor:
+    return value.clone()
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether autograd recorded what it is, and can go back."""
+    return tensor.grad_fn is not None and tensor.grad_fn.name() != "NotImplemented"
+
+
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """The function of an argument, or of all that stands in a list."""
+    return list(map(function, value)) if isinstance(value, list | tuple) else function(value)

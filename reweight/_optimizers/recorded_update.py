@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.recorded_step import recorded_step
+from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.verification import kinds, verify
 from reweight._ranks.shards import local
@@ -16,7 +16,7 @@ from reweight._ranks.shards import local
 class _Verified(NamedTuple):
     kind: type[optim.Optimizer]
     kinds: frozenset[Any]
-    keeps_numbers: bool
+    how: How
 
 
 _verified: WeakKeyDictionary[optim.Optimizer, _Verified] = WeakKeyDictionary()
@@ -40,22 +40,22 @@ def by_recording(
         known = _verified.get(optimizer)
         found = frozenset(kinds(optimizer, gradients))
         if known is None or known.kind is not type(optimizer):
-            known = _Verified(type(optimizer), frozenset(), True)
+            known = _Verified(type(optimizer), frozenset(), USUAL)
         if not found <= known.kinds:
-            keeps_numbers = verify(optimizer, gradients)
-            known = _Verified(known.kind, known.kinds | found, keeps_numbers)
+            how = verify(optimizer, gradients)
+            known = _Verified(known.kind, known.kinds | found, how)
             _verified[optimizer] = known
         cut = _Cut(num_cut)
         moved = recorded_step(
             optimizer,
             {key: None if g is None else cut.of_gradient(g) for key, g in gradients.items()},
-            known.keeps_numbers,
+            known.how,
         ).parameters
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise TypeError(why_not(optimizer, error)) from error
-    return {key: cut.of_parameter(p) for key, p in moved.items()}
+    return {key: cut.of_parameter(p, gradients[key]) for key, p in moved.items()}
 
 
 def why_not(optimizer: optim.Optimizer, error: Exception | str) -> str:
@@ -106,14 +106,18 @@ class _Cut:
         gradient.register_hook(cut)
         return gradient
 
-    def of_parameter(self, parameter: Tensor) -> Tensor:
-        """The same, with a look at what its derivative is asked for."""
+    def of_parameter(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
+        """The same, with a look at what its derivative is asked for; it may be 0."""
 
         def look(cotangent: Tensor) -> None:
             self._is_finite = self._is_finite & local(cotangent).isfinite().all().to(
                 self._is_finite.device
             )
 
-        if parameter.requires_grad:
-            parameter.register_hook(look)
+        if gradient is None or not gradient.requires_grad:
+            return parameter
+        if not parameter.requires_grad:
+            never = torch.zeros_like(gradient, dtype=torch.bool)
+            parameter = torch.where(never, gradient, parameter)
+        parameter.register_hook(look)
         return parameter

@@ -7,7 +7,7 @@ new value. So no memory is written: what the optimizer holds needs no copy and d
 no tensor that a backward needs is modified in place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,10 +20,12 @@ from reweight._optimizers.operations import (
     SIGNS,
     Operation,
     aten,
-    by_name,
+    each,
+    has_derivative,
     leaves,
-    one_by_one,
     operation,
+    results_of,
+    results_with_numbers,
     tensors_in,
 )
 from reweight._optimizers.scalars import Number, NumbersKept, Refused
@@ -137,14 +139,14 @@ class Recorder(TorchDispatchMode):
         self, func: OpOverload, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         olds = [kwargs[name] if name in kwargs else args[i] for i, name in op.written]
-        values = [_each(self._value, value) for value in args]
-        named = {name: _each(self._value, value) for name, value in kwargs.items()}
-        given = *values, *named.values()
+        values = [each(self._value, value) for value in args]
+        named = {name: each(self._value, value) for name, value in kwargs.items()}
+        given = (*values[op.name == "copy" :], *named.values())  # not what is written over
         tracked = any(tensor.requires_grad for tensor in tensors_in(given))
         if any(isinstance(value, SymFloat) for value in leaves(given)):
-            results, tracked = _with_numbers(func, op, values, named), True
+            results, tracked = results_with_numbers(func, op, values, named), True
         else:
-            results = _results(func, op, values, named, tracked)
+            results = results_of(func, op, values, named, tracked)
         if tracked:
             self._note(func, op, results)
         if not op.written:
@@ -163,7 +165,7 @@ class Recorder(TorchDispatchMode):
             self.num_constants += isinstance(results, float)
         elif not op.makes_constants:
             floats = (one for one in tensors_in([results]) if one.is_floating_point())
-            if not all(map(_has_derivative, floats)):
+            if not all(map(has_derivative, floats)):
                 self.lost.add(op.name)
 
     def _value(self, value: Any) -> Any:
@@ -201,85 +203,6 @@ class Recorder(TorchDispatchMode):
         self.num_constants += 1
 
 
-def valued(near: Tensor, exact: Tensor) -> Tensor:
-    """The second value, with the derivative of the first."""
-    result: Tensor = _Valued.apply(near, exact)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Valued(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, near: Tensor, exact: Tensor) -> Tensor:
-        return exact.view_as(exact)
-
-    @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor, None]:
-        return cotangent, None
-
-
-def _results(
-    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any], tracked: bool
-) -> Any:
-    """What an operation returns, or would write."""
-    if op.is_list:
-        return one_by_one(op.name, values, named)
-    if func is aten.copy_.default:
-        return values[1]
-    if not op.written:
-        return func(*values, **named)
-    if op.functional is not None:
-        outputs = {name for _, name in op.written} if op.is_out else ()
-        given = {name: value for name, value in named.items() if name not in outputs}
-        results = op.functional(*values, **given)
-        if not tracked or all(map(_has_derivative, tensors_in([results]))):
-            return results
-    if op.is_out and tracked:
-        raise Refused(f"its step calls {func}, which has no derivative")
-    for i, name in op.written:  # in place, on tensors that nothing else has seen
-        if name in named:
-            named[name] = _each(_cloned, named[name])
-        else:
-            values[i] = _each(_cloned, values[i])
-    func(*values, **named)
-    return [named[name] if name in named else values[i] for i, name in op.written]
-
-
-def _with_numbers(func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]) -> Any:
-    """The values that numbers give, with the derivative that tensors in their place have."""
-    constants = [_each(_constant, value) for value in values]
-    exact = _results(func, op, constants, {n: _each(_constant, v) for n, v in named.items()}, False)
-    values = [_each(_tensor, value) for value in values]
-    named = {name: _each(_tensor, value) for name, value in named.items()}
-    near = (
-        one_by_one(op.name, values, named) if op.is_list else [by_name(op.name, *values, **named)]
-    )
-    pairs = zip(near, tensors_in([exact]), strict=True)
-    results = [valued(new.to(value.dtype).expand_as(value), value) for new, value in pairs]
-    return results[0] if isinstance(exact, Tensor) else results
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return float(value.node.value.detach()) if isinstance(value, SymFloat) else value
-
-
-def _tensor(value: Any) -> Any:
-    return value.node.value if isinstance(value, SymFloat) else value
-
-
-def _cloned(value: Tensor) -> Tensor:
-    return value.clone()
-
-
-def _has_derivative(tensor: Tensor) -> bool:
-    return tensor.grad_fn is not None and tensor.grad_fn.name() != "NotImplemented"
-
-
-def _each(function: Callable[[Any], Any], value: Any) -> Any:
-    return list(map(function, value)) if isinstance(value, list | tuple) else function(value)
-
-
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return (local(tensor) if is_sharded(tensor) else tensor).untyped_storage()
 
@@ -299,8 +222,8 @@ def _flat(held: Held) -> Tensor:
 
 def _is_contiguous(size: Sequence[int], stride: Sequence[int]) -> bool:
     step = 1
-    for length, each in zip(reversed(size), reversed(stride), strict=True):
-        if length != 1 and each != step:
+    for length, one in zip(reversed(size), reversed(stride), strict=True):
+        if length != 1 and one != step:
             return False
         step *= length
     return True

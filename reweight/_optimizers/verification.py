@@ -8,15 +8,21 @@ import copy
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reweight._optimizers.recorded_step import record, recorded_step, step_alone
-from reweight._optimizers.recorder import LOW
+from reweight._optimizers.recorded_step import (
+    How,
+    RecordedStep,
+    record,
+    recorded_step,
+    step_alone,
+)
+from reweight._optimizers.recorder import LOW, Recorder
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.twin import Alias, twin
 from reweight._ranks.shards import whole
@@ -27,7 +33,7 @@ Gradients = Mapping[int, Tensor | None]
 _ENTRIES = 1 << 22  # of parameters; more are verified only where they are of another kind
 
 
-def verify(optimizer: optim.Optimizer, gradients: Gradients) -> bool:
+def verify(optimizer: optim.Optimizer, gradients: Gradients) -> How:
     """Raise Refused, with the reason, unless both are so along a direction drawn at random.
 
     Args:
@@ -35,36 +41,68 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> bool:
         gradients: by the id of the parameter; None for none.
 
     Returns:
-        Whether the numbers that the step takes out of tensors may keep their derivative.
+        How the step can be recorded.
     """
     few, gradients = _few(optimizer, gradients)
     own = _own_step(few, gradients, _copied, None)
-    keeps_numbers = True
-    leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
+    how, ahead = _first_that_runs(few, gradients)
+    moved = False
+    for p in (p for group in few.param_groups for p in group["params"]):
+        if id(p) not in ahead.parameters:
+            continue
+        new, real = whole(ahead.parameters[id(p)].detach()), whole(own[id(p)])
+        step = (real - whole(p.detach())).abs().max().item()
+        # Products in bfloat16 round with what the kernel is given.
+        rounding = 2 * torch.finfo(torch.bfloat16).eps if ahead.recorder.is_widened else 1e-3
+        allowed = 4 * torch.finfo(p.dtype).eps * real.abs().max().item() + rounding * step
+        off = (new - real).abs().max().item()
+        if not off <= allowed:
+            raise Refused(f"its step gives other parameters, by {off:.1e}, when it is recorded")
+        moved = moved or step > 0
     try:
-        ahead = recorded_step(few, leaves)
+        slopes = _slopes(few, gradients, torch.float64, how.keeps_numbers)
     except Refused:
         raise
-    except Exception:  # code that takes no number but Python's own
-        keeps_numbers = False
-        ahead = recorded_step(few, leaves, keeps_numbers)
-    moved = False
-    for group in few.param_groups:
-        for p in group["params"]:
-            if id(p) in ahead.parameters:
-                new, real = (whole(each.detach()) for each in (ahead.parameters[id(p)], own[id(p)]))
-                step = (real - whole(p.detach())).abs().max().item()
-                allowed = 4 * torch.finfo(p.dtype).eps * real.abs().max().item() + 1e-3 * step
-                off = (new - real).abs().max().item()
-                if off > allowed:
-                    raise Refused(f"its step gives other parameters, by {off:.1e}, when recorded")
-                moved = moved or step > 0
-    try:
-        # Differences in float64 are good to 1e-6 and better; kinks of the step are what is left.
-        _check_slope(few, gradients, torch.float64, 1e-3, keeps_numbers, moved)
-    except (RuntimeError, AssertionError, ValueError):  # the class knows its own types alone
-        _check_slope(few, gradients, None, 0.05, keeps_numbers, moved)
-    return keeps_numbers
+    except Exception:  # code of its own bears no precision but that of the parameters
+        slopes = _slopes(few, gradients, None, how.keeps_numbers)
+    _require_derivative(optimizer, slopes, moved)
+    return how
+
+
+def _first_that_runs(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, RecordedStep]:
+    leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
+    ways = [How(), How(keeps_numbers=False), How(widened=False), How(False, False)]
+    for how in ways:
+        try:
+            return how, recorded_step(optimizer, leaves, how)
+        except Refused:
+            raise
+        except Exception as error:
+            failure = error
+    raise failure
+
+
+def _require_derivative(optimizer: optim.Optimizer, slopes: "_Slopes", moved: bool) -> None:
+    """Raise Refused unless the slopes agree; log it if they do but for numbers."""
+    found, recorder = slopes.by_derivative, slopes.recorder
+    if slopes.is_flat and moved and recorder.signs:
+        raise Refused("its step follows the signs of the gradient alone, which have no derivative")
+    near = min(slopes.by_differences, key=lambda difference: abs(difference - found))
+    off = abs(found - near)
+    if off <= slopes.tolerance * abs(near) + slopes.floor:
+        return
+    if not recorder.num_constants:
+        lost = f"; {', '.join(sorted(recorder.lost))} has none" if recorder.lost else ""
+        raise Refused(
+            f"its derivative is {found:.3g} along a direction in which differences give "
+            f"{near:.3g}{lost}"
+        )
+    _logger.warning(
+        "%s takes numbers out of tensors, whose derivative is left out: hypergradients are "
+        "approximate, by %.1g of the derivative of its step along a direction drawn at random.",
+        type(optimizer).__name__,
+        off / abs(near) if near else float("inf"),
+    )
 
 
 def kinds(optimizer: optim.Optimizer, gradients: Gradients) -> dict[Any, int]:
@@ -111,29 +149,38 @@ def _own_step(
 ) -> dict[int, Tensor]:
     """θ̂ as the class's own step makes it, on copies of all that it holds."""
     new = twin(optimizer, gradients, alias)
-    with step_alone(new.parameters.values()), Widened(wide) if wide else nullcontext():
+    with step_alone(new.parameters.values(), wide), Widened(wide) if wide else nullcontext():
         new.step()
     return {key: p.detach() for key, p in new.parameters.items()}
 
 
-def _check_slope(
+class _Slopes(NamedTuple):
+    """⟨c, ∂θ̂/∂g·u⟩ for some c and u, and what it may be off."""
+
+    by_derivative: float
+    by_differences: list[float]
+    is_flat: bool
+    tolerance: float
+    floor: float
+    recorder: Recorder
+
+
+def _slopes(
     optimizer: optim.Optimizer,
     gradients: Gradients,
     wide: torch.dtype | None,
-    tolerance: float,
     keeps_numbers: bool,
-    moved: bool,
-) -> None:
-    """Raise Refused unless ⟨c, ∂θ̂/∂g·u⟩ is as of differences, for some c and u."""
-    alias: Alias = _copied if wide is None else lambda t: _copied(t, wide)
-    origin = twin(optimizer, gradients, alias)  # everything in that precision
+) -> _Slopes:
+    """With everything in that precision, or, for None, in that of the parameters."""
+    alias: Alias = _copied if wide is None else lambda tensor: _copied(tensor, wide)
+    origin = twin(optimizer, gradients, alias)
     leaves = {
         id(p): p.grad.requires_grad_()
         for key, p in origin.parameters.items()
         if gradients.get(key) is not None and p.grad is not None
     }
     start = {id(p): p.detach().clone() for p in origin.parameters.values()}
-    ahead, recorder = record(origin.optimizer, leaves, wide, keeps_numbers)
+    ahead, recorder = record(origin.optimizer, leaves, wide, keeps_numbers, default_dtype=wide)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(like: Tensor) -> Tensor:
@@ -141,52 +188,36 @@ def _check_slope(
         return noise.to(like.device, like.dtype)
 
     # Of one size for every parameter, so that none hides behind another.
-    c = {
-        key: drawn(t) / (t.detach() - start[key]).norm().clamp(min=1e-30)
-        for key, t in ahead.items()
-    }
+    lengths = {key: (t.detach() - start[key]).norm() for key, t in ahead.items()}
+    c = {key: drawn(t) / torch.where(lengths[key] > 0, lengths[key], 1) for key, t in ahead.items()}
     value = torch.stack([(c[key] * t).sum() for key, t in ahead.items()]).sum()
-    slopes: tuple[Tensor, ...] = tuple(map(torch.zeros_like, leaves.values()))
-    if value.requires_grad:
-        slopes = torch.autograd.grad(
-            value, list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-    is_flat = not any(slope.count_nonzero() for slope in slopes)
-    if is_flat and moved and recorder.signs:
-        raise Refused("its step follows the signs of the gradient alone, which have no derivative")
+    if not value.requires_grad:
+        raise Refused("its step does not depend on the gradient")
+    found = torch.autograd.grad(
+        value, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     # In proportion, and not where there is no derivative, as at 0.
     u = {
         key: torch.where(slope.isfinite(), drawn(g) * g.detach().abs(), 0)
-        for (key, g), slope in zip(leaves.items(), slopes, strict=True)
+        for (key, g), slope in zip(leaves.items(), found, strict=True)
     }
-    found = sum(
-        (slope.nan_to_num(0, 0, 0) * u[key]).sum().item()
-        for key, slope in zip(leaves, slopes, strict=True)
-    )
+    slopes = (slope.nan_to_num(0, 0, 0) * u[key] for key, slope in zip(leaves, found, strict=True))
+    by_derivative = float(sum(slope.sum() for slope in slopes))
 
     def at(h: float) -> float:
-        moved_gradients = {key: g.detach() + h * u[key] for key, g in leaves.items()}
-        own = _own_step(origin.optimizer, moved_gradients, _copied, wide)
+        moved = {key: g.detach() + h * u[key] for key, g in leaves.items()}
+        own = _own_step(origin.optimizer, moved, _copied, wide)
         return float(sum((c[key] * (own[key] - ahead[key].detach())).sum() for key in ahead))
 
-    sizes = (1e-4, 1e-5, 1e-6) if wide else (1e-1, 3e-2, 1e-2)
-    differences = [(at(h) - at(-h)) / (2 * h) for h in sizes]
-    expected = min(differences, key=lambda difference: abs(difference - found))
-    floor = 1e-7 if wide else 1e-2
-    if abs(found - expected) <= tolerance * abs(expected) + floor * len(leaves) ** 0.5:
-        return
-    if recorder.num_constants:
-        _logger.warning(
-            "%s takes numbers out of tensors, whose derivative is left out: hypergradients are "
-            "approximate, by %.1g of the derivative of its step along a direction drawn at random.",
-            type(optimizer).__name__,
-            abs(found - expected) / abs(expected),
-        )
-        return
-    lost = f"; {', '.join(sorted(recorder.lost))} has none" if recorder.lost else ""
-    raise Refused(
-        f"its derivative is {found:.3g} along a direction in which differences give "
-        f"{expected:.3g}{lost}"
+    # In float64 differences are good to 1e-6 and better, but for kinks of the step.
+    sizes = (1e-3, 1e-4, 1e-5, 1e-6) if wide else (1e-1, 3e-2, 1e-2)
+    return _Slopes(
+        by_derivative,
+        [(at(h) - at(-h)) / (2 * h) for h in sizes],
+        not any(slope.count_nonzero() for slope in found),
+        1e-3 if wide else 0.05,
+        (1e-7 if wide else 1e-2) * len(leaves) ** 0.5,
+        recorder,
     )
 
 
