@@ -13,6 +13,7 @@ from reweight._optimizers.scalars import Refused
 
 aten = torch.ops.aten
 
+LOW = (torch.bfloat16, torch.float16)
 SIGNS = frozenset({"sign", "sgn", "round", "floor", "ceil", "trunc", "heaviside"})
 """Their derivative is 0, where they have one."""
 
@@ -148,7 +149,11 @@ def results_of(
 ) -> Any:
     """What an operation returns, or would write."""
     if op.is_list:
-        return one_by_one(op.name, values, named)
+        results = one_by_one(op.name, values, named)
+        if op.written and results[0].dtype in LOW:  # where x.mul_(0.3) rounds unlike x · 0.3
+            exact = _in_place(func, op, [each(_constant_for, v) for v in values], named)[0]
+            results = list(map(valued, results, exact))
+        return results
     if op.name == "copy":
         return values[1]
     if not op.written:
@@ -161,11 +166,17 @@ def results_of(
             return results
     if op.is_out and tracked:
         raise Refused(f"its step calls {func}, which has no derivative")
-    for i, name in op.written:  # in place, on tensors that nothing else has seen
-        if name in named:
-            named[name] = each(_cloned, named[name])
-        else:
-            values[i] = each(_cloned, values[i])
+    return _in_place(func, op, values, named)
+
+
+def _in_place(
+    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
+) -> list[Any]:
+    """What it writes to tensors that nothing else has seen."""
+    values, named = list(values), dict(named)
+    for i, name in op.written:
+        place, key = (named, name) if name in named else (values, i)
+        place[key] = each(torch.clone, place[key])  # type: ignore[index]
     func(*values, **named)
     return [named[name] if name in named else values[i] for i, name in op.written]
 
@@ -198,13 +209,10 @@ def _tensor_for(value: Any) -> Any:
     return value.node.value if isinstance(value, SymFloat) else value
 
 
-def _cloned(value: Tensor) -> Tensor:
-    return value.clone()
-
-
 def has_derivative(tensor: Tensor) -> bool:
-    """Whether autograd recorded what it is, and can go back."""
-    return tensor.grad_fn is not None and tensor.grad_fn.name() != "NotImplemented"
+    """Whether autograd knows what it depends on, and can go back."""
+    function = tensor.grad_fn
+    return tensor.requires_grad and (function is None or function.name() != "NotImplemented")
 
 
 def each(function: Callable[[Any], Any], value: Any) -> Any:

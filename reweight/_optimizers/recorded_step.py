@@ -10,8 +10,8 @@ import numpy.random
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.operations import valued
-from reweight._optimizers.recorder import LOW, Recorder
+from reweight._optimizers.operations import LOW, valued
+from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.twin import twin
 
 By = dict[int, Tensor]

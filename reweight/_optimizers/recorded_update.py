@@ -10,7 +10,7 @@ from torch import Tensor, optim
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.verification import kinds, verify
-from reweight._ranks.shards import local
+from reweight._ranks.shards import local, shard_like
 
 
 class _Verified(NamedTuple):
@@ -97,11 +97,13 @@ class _Cut:
         counted = torch.zeros_like(self._num_cut)
 
         def cut(derivative: Tensor) -> Tensor:
-            bad = ~derivative.isfinite() & self._is_finite.to(derivative.device)
-            number = local(bad).sum().to(counted.device)
+            part = local(derivative)
+            bad = ~part.isfinite() & self._is_finite.to(part.device)
+            number = bad.sum().to(counted.device)
             self._num_cut += number - counted  # once, if a backward is run again
             counted.copy_(number)
-            return torch.where(bad, 0, derivative)
+            result: Tensor = shard_like(derivative, torch.where(bad, 0, part))
+            return result
 
         gradient.register_hook(cut)
         return gradient

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reweight._optimizers.operations import (
+    LOW,
     SIGNS,
     Operation,
     aten,
@@ -31,7 +32,6 @@ from reweight._optimizers.operations import (
 from reweight._optimizers.scalars import Number, NumbersKept, Refused
 from reweight._ranks.shards import is_sharded, local
 
-LOW = (torch.bfloat16, torch.float16)
 Geometry: TypeAlias = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
 
 

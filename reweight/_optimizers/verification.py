@@ -15,6 +15,7 @@ from torch import Tensor, optim
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reweight._optimizers.operations import LOW
 from reweight._optimizers.recorded_step import (
     How,
     RecordedStep,
@@ -22,10 +23,10 @@ from reweight._optimizers.recorded_step import (
     recorded_step,
     step_alone,
 )
-from reweight._optimizers.recorder import LOW, Recorder
+from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.twin import Alias, twin
-from reweight._ranks.shards import whole
+from reweight._ranks.shards import local, shard_like, whole
 
 _logger = logging.getLogger("reweight")
 
@@ -184,37 +185,39 @@ def _slopes(
     generator = torch.Generator().manual_seed(0)
 
     def drawn(like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return noise.to(like.device, like.dtype)
+        noise = torch.randn(local(like).shape, generator=generator, dtype=torch.float64)
+        result: Tensor = shard_like(like, noise.to(like.device, like.dtype))
+        return result
 
     # Of one size for every parameter, so that none hides behind another.
-    lengths = {key: (t.detach() - start[key]).norm() for key, t in ahead.items()}
-    c = {key: drawn(t) / torch.where(lengths[key] > 0, lengths[key], 1) for key, t in ahead.items()}
-    value = torch.stack([(c[key] * t).sum() for key, t in ahead.items()]).sum()
+    lengths = {key: float(whole((t.detach() - start[key]).norm())) for key, t in ahead.items()}
+    c = {key: drawn(t) / (lengths[key] or 1) for key, t in ahead.items()}
+    value = torch.stack([whole((c[key] * t).sum()) for key, t in ahead.items()]).sum()
     if not value.requires_grad:
         raise Refused("its step does not depend on the gradient")
     found = torch.autograd.grad(
         value, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
-    # In proportion, and not where there is no derivative, as at 0.
-    u = {
-        key: torch.where(slope.isfinite(), drawn(g) * g.detach().abs(), 0)
-        for (key, g), slope in zip(leaves.items(), found, strict=True)
-    }
-    slopes = (slope.nan_to_num(0, 0, 0) * u[key] for key, slope in zip(leaves, found, strict=True))
-    by_derivative = float(sum(slope.sum() for slope in slopes))
+    # In proportion: there may be no derivative where a gradient is 0, and is not asked for one.
+    u = {key: drawn(g) * g.detach().abs() for key, g in leaves.items()}
+    for slope, g in zip(found, leaves.values(), strict=True):
+        if not (local(slope).isfinite() | (local(g) == 0)).all():
+            raise Refused("its derivative is not finite")
+    v = dict(zip(leaves, (_finite(slope) for slope in found), strict=True))
+    by_derivative = sum(float(whole((v[key] * u[key]).sum())) for key in leaves)
 
     def at(h: float) -> float:
         moved = {key: g.detach() + h * u[key] for key, g in leaves.items()}
         own = _own_step(origin.optimizer, moved, _copied, wide)
-        return float(sum((c[key] * (own[key] - ahead[key].detach())).sum() for key in ahead))
+        offs = ((c[key] * (own[key] - ahead[key].detach())).sum() for key in ahead)
+        return sum(float(whole(off)) for off in offs)
 
     # In float64 differences are good to 1e-6 and better, but for kinks of the step.
     sizes = (1e-3, 1e-4, 1e-5, 1e-6) if wide else (1e-1, 3e-2, 1e-2)
     return _Slopes(
         by_derivative,
         [(at(h) - at(-h)) / (2 * h) for h in sizes],
-        not any(slope.count_nonzero() for slope in found),
+        not any(float(whole(slope.abs().sum())) for slope in v.values()),
         1e-3 if wide else 0.05,
         (1e-7 if wide else 1e-2) * len(leaves) ** 0.5,
         recorder,
@@ -224,6 +227,12 @@ def _slopes(
 def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     wanted = dtype if dtype and (tensor.dtype in LOW or tensor.dtype is torch.float32) else None
     return tensor.detach().to(wanted or tensor.dtype, copy=True)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """With 0 for what is not finite."""
+    result: Tensor = shard_like(tensor, torch.nan_to_num(local(tensor), 0, 0, 0))
+    return result
 
 
 class Widened(TorchDispatchMode):
