@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
             its own that not all code takes for a number.
 
     Attributes:
-        num_constants: how many numbers, of those that depend on the gradient, became constants.
+        has_constants: whether numbers that depend on the gradient became constants.
         signs: operations that it went through whose derivative is 0.
         lost: operations that have no derivative, of what depends on the gradient.
         is_widened: whether the step asked for a lower type than ``wide``.
@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, wide: torch.dtype | None = None, keeps_numbers: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.num_constants, self.is_widened = 0, False
+        self.has_constants = self.is_widened = False
         self.signs: set[str] = set()
         self.lost: set[str] = set()
         self._wide, self._keeps_numbers = wide, keeps_numbers
@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):
         if op.name in SIGNS:
             self.signs.add(op.name)
         elif func is aten._local_scalar_dense.default:
-            self.num_constants += isinstance(results, float)
+            self.has_constants |= isinstance(results, float)
         elif not op.makes_constants:
             floats = (one for one in tensors_in([results]) if one.is_floating_point())
             if not all(map(has_derivative, floats)):
@@ -188,7 +188,7 @@ class Recorder(TorchDispatchMode):
         with self.recording():
             value = self.read(tensor)
             if value.requires_grad and self._keeps_numbers:
-                number = Number(value.double(), self.recording, self._count_constant)
+                number = Number(value.double(), self.recording, self._make_constant)
                 return SymFloat(number)
         return self._constant_of(tensor).item()
 
@@ -196,11 +196,11 @@ class Recorder(TorchDispatchMode):
         with self.recording():
             value = self.read(tensor)
             if value.requires_grad:
-                self._count_constant()
+                self._make_constant()
             return value.detach()
 
-    def _count_constant(self) -> None:
-        self.num_constants += 1
+    def _make_constant(self) -> None:
+        self.has_constants = True
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn, optim
 from torch.overrides import TorchFunctionMode
 
+from reweight._ranks.shards import is_sharded
+
 Alias = Callable[[Tensor], Tensor]
 
 
@@ -44,7 +46,8 @@ def twin(optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], ali
     for old in held:
         new = nn.Parameter(alias(old), old.requires_grad)
         gradient = gradients.get(id(old), old.grad)
-        new.grad = None if gradient is None else alias(gradient)
+        if gradient is not None:  # fully_shard keeps those of many parameters in one memory
+            new.grad = alias(gradient.detach().clone() if is_sharded(gradient) else gradient)
         memo[id(old)] = parameters[id(old)] = new
     copied = _Copier(alias, memo, {key: id(new) for key, new in parameters.items()})
     for old in held:

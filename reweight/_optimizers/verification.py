@@ -92,7 +92,7 @@ def _require_derivative(optimizer: optim.Optimizer, slopes: "_Slopes", moved: bo
     off = abs(found - near)
     if off <= slopes.tolerance * abs(near) + slopes.floor:
         return
-    if not recorder.num_constants:
+    if not recorder.has_constants:
         lost = f"; {', '.join(sorted(recorder.lost))} has none" if recorder.lost else ""
         raise Refused(
             f"its derivative is {found:.3g} along a direction in which differences give "
