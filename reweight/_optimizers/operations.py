@@ -1,6 +1,6 @@
 """Operations: what their schemas say, and what they come to without writing anything."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -114,18 +114,20 @@ def by_name(name: str, x: Any, *others: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def leaves(values: Iterable[Any]) -> Iterator[Any]:
+def leaves(values: Iterable[Any]) -> list[Any]:
     """Arguments, and what stands in lists."""
+    found: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
-            yield from leaves(value)
+            found += leaves(value)
         else:
-            yield value
+            found.append(value)
+    return found
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among them."""
-    return (value for value in leaves(values) if isinstance(value, Tensor))
+    return [value for value in leaves(values) if isinstance(value, Tensor)]
 
 
 def valued(near: Tensor, exact: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ new value. So no memory is written: what the optimizer holds needs no copy and d
 no tensor that a backward needs is modified in place.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -77,7 +76,8 @@ class Recorder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Tensor:
         """What this view of a storage holds now."""
-        if type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor):
+        is_plain = _is_plain(tensor)
+        if not (is_plain or is_sharded(tensor)):
             raise Refused(f"its step computes with tensors of the class {type(tensor).__name__}")
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
             raise Refused(f"its step computes with a tensor of layout {tensor.layout}")
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         geometry = _geometry(tensor)
         if held.geometry == geometry:
             return held.value
-        if is_sharded(tensor):
+        if not is_plain:
             raise Refused("its step takes views of sharded parameters")
         flat, dtype = _flat(held), held.value.dtype
         if dtype.is_complex and tensor.is_floating_point():
@@ -107,20 +107,15 @@ class Recorder(TorchDispatchMode):
         """Let this view of a storage hold that from now on."""
         storage, geometry = _storage(tensor), _geometry(tensor)
         covers = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if not is_sharded(tensor) and not (covers and tensor.is_contiguous()):
+        if _is_plain(tensor) and not (covers and tensor.is_contiguous()):
             everything = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
             value = _scatter(self.read(everything).clone(), value, geometry)
             geometry = _geometry(everything)
         self._held[storage._cdata] = Held(storage, value, geometry)
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> "_Recording":
         """With autograd, as outside of the step."""
-        with (
-            torch.inference_mode(False),  # which lets gradients be recorded too
-            torch._C._ForceDispatchKeyGuard(*self._outside),
-        ):
-            yield
+        return _Recording(self._outside)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -141,9 +136,9 @@ class Recorder(TorchDispatchMode):
         olds = [kwargs[name] if name in kwargs else args[i] for i, name in op.written]
         values = [each(self._value, value) for value in args]
         named = {name: each(self._value, value) for name, value in kwargs.items()}
-        given = (*values[op.name == "copy" :], *named.values())  # not what is written over
-        tracked = any(tensor.requires_grad for tensor in tensors_in(given))
-        if any(isinstance(value, SymFloat) for value in leaves(given)):
+        given = leaves([*values[op.name == "copy" :], *named.values()])  # not what is written over
+        tracked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if any(type(value) is SymFloat for value in given):
             results, tracked = results_with_numbers(func, op, values, named), True
         else:
             results = results_of(func, op, values, named, tracked)
@@ -155,7 +150,9 @@ class Recorder(TorchDispatchMode):
             if old.shape != new.shape and op.is_out:  # which gets the shape of what it is given
                 memory = torch.empty_like(new).untyped_storage()
                 old.set_(memory, 0, new.shape, new.stride())
-            self.write(old, new.to(old.device, old.dtype).expand_as(old))
+            if new.dtype != old.dtype or new.device != old.device:
+                new = new.to(old.device, old.dtype)
+            self.write(old, new if new.shape == old.shape else new.expand_as(old))
         return (olds[0] if len(olds) == 1 else tuple(olds)) if func._schema.returns else None
 
     def _note(self, func: OpOverload, op: Operation, results: Any) -> None:
@@ -171,8 +168,11 @@ class Recorder(TorchDispatchMode):
     def _value(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        number = getattr(value, "_wrapped_number", None)  # how x · number arrives here
-        return number if isinstance(number, SymFloat) else self.read(value)
+        if value.dim() == 0:  # how x · number arrives here
+            number = getattr(value, "_wrapped_number", None)
+            if isinstance(number, SymFloat):
+                return number
+        return self.read(value)
 
     def _bound(self, results: Any) -> Any:
         """The same memory as tensors that the step may hold."""
@@ -181,7 +181,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(results, Tensor) or not results.requires_grad:
             return results
         handle = results.data  # with a version counter of its own, as above
-        self._held[_storage(handle)._cdata] = Held(_storage(handle), results, _geometry(handle))
+        storage = _storage(handle)
+        self._held[storage._cdata] = Held(storage, results, _geometry(handle))
         return handle
 
     def _number_of(self, tensor: Tensor) -> Any:
@@ -203,8 +204,30 @@ class Recorder(TorchDispatchMode):
         self.has_constants = True
 
 
+class _Recording:
+    """As a context; entering it is most of what recording costs."""
+
+    def __init__(self, outside: tuple[Any, Any]) -> None:
+        # Leaving the inference mode lets gradients be recorded too.
+        leaves_inference = torch.is_inference_mode_enabled()
+        self._mode = torch.inference_mode(False) if leaves_inference else torch.enable_grad()
+        self._guard = torch._C._ForceDispatchKeyGuard(*outside)
+
+    def __enter__(self) -> None:
+        self._mode.__enter__()
+        self._guard.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._guard.__exit__(*error)
+        self._mode.__exit__(*error)
+
+
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (local(tensor) if is_sharded(tensor) else tensor).untyped_storage()
+    return (tensor if _is_plain(tensor) else local(tensor)).untyped_storage()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _geometry(tensor: Tensor) -> Geometry:
