@@ -89,8 +89,10 @@ def _require_derivative(optimizer: optim.Optimizer, slopes: "_Slopes", moved: bo
     if slopes.is_flat and moved and recorder.signs:
         raise Refused("its step follows the signs of the gradient alone, which have no derivative")
     near = min(slopes.by_differences, key=lambda difference: abs(difference - found))
-    off = abs(found - near)
-    if off <= slopes.tolerance * abs(near) + slopes.floor:
+    off, (one, another) = abs(found - near), slopes.by_differences[:2]
+    # Where the step rounds, differences themselves are off, as two of them show.
+    rounding = min(abs(one - another), 0.02 * abs(near))
+    if off <= slopes.tolerance * abs(near) + slopes.floor + rounding:
         return
     if not recorder.has_constants:
         lost = f"; {', '.join(sorted(recorder.lost))} has none" if recorder.lost else ""
