@@ -42,9 +42,11 @@ class MetaReweightStep:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
             ``DistributedDataParallel`` or sharded by ``fully_shard`` the step is that of the
             batches of all ranks joined.
-        optimizer: one, or a list of several, of torch.optim or torchopt, over the model's
-            parameters; groups, learning rates and state are read at every step and never changed.
-            A bare gradient transformation of torchopt gets an optimizer: ``step.optimizers[0]``.
+        optimizer: one, or a list of several, of any class of torch.optim's form or of torchopt,
+            over the model's parameters; groups, learning rates and state are read at every step and
+            never changed. A class without a rule here has its own ``step`` recorded, and verified
+            at its first use. A bare gradient transformation of torchopt gets an optimizer:
+            ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
         reweighter_optimizer: moves the reweighter. Default: AdamW, learning rate and weight decay
             1e-4 as published; the rate of the sigmoid form is 1e-3 times the interval, up to 1e-2.
@@ -56,7 +58,7 @@ class MetaReweightStep:
             forward, or another where that fails; the log says which.
         pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
             gradient step with the optimizer's learning rate. An approximation, for optimizers whose
-            own step cannot be differentiated.
+            own step has no derivative, as where it follows signs: the first update says so.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
         clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that

@@ -1,8 +1,9 @@
-"""The optimizers of the user: which there are, what they hold, whether their step is known here."""
+"""The optimizers of the user: which there are, what they hold, which are refused."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from inspect import Parameter, signature
 from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
 from reweight._checks import kind
-from reweight._optimizers.rules import RULES, Group
+from reweight._optimizers.recorded_update import why_not
+from reweight._optimizers.rules import Group
 from reweight._ranks.shards import is_sharded, parameters_of
 
 _logger = logging.getLogger("reweight")
@@ -20,15 +22,6 @@ _logger = logging.getLogger("reweight")
 Parameters: TypeAlias = dict[str, Tensor]
 AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
 Exactness: TypeAlias = Literal["exact", "gradient_descent"]
-
-STOCK = (optim.Adam, optim.AdamW, optim.NAdam, optim.ASGD)  # the first two for AMSGrad
-_REFUSED = {
-    "Rprop": "its step follows the sign of the gradient alone, which has no derivative",
-    "LBFGS": "its step evaluates the loss several times, with a closure",
-    "SparseAdam": "its step is defined for sparse gradients alone, which have no second derivative",
-    "Adafactor": "PyTorch has no differentiable form of it",
-    "Muon": "PyTorch has no differentiable form of it",
-}
 
 
 def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOptimizer, ...]:
@@ -143,33 +136,30 @@ def groups_of(optimizer: AnyOptimizer) -> list[Group]:
 
 
 def check_differentiable(optimizer: AnyOptimizer, exactness: Exactness = "exact") -> None:
-    """Refuse, with the reason, an optimizer whose step cannot be differentiated.
+    """Refuse, with the reason, an optimizer whose step is known to have no derivative.
+
+    Any other is verified where it is used first.
 
     Raises:
-        TypeError: Adafactor, LBFGS, Muon, Rprop, SparseAdam, or a class that is not of torch.optim
-            (a subclass may do anything in its ``step``).
+        TypeError: its step needs a closure, it only wraps another optimizer, or it has no learning
+            rate to take a plain gradient step with.
     """
-    if isinstance(optimizer, torchopt.Optimizer):
-        if exactness == "gradient_descent":
+    if exactness == "gradient_descent":
+        if not all("lr" in group for group in groups_of(optimizer)):
             raise TypeError(
                 "`optimizer` must have a learning rate for pseudo_update='gradient_descent', got "
-                "one of torchopt, which is differentiable as it is. Leave pseudo_update away."
+                f"{kind(optimizer)}. Leave pseudo_update away."
             )
         return
-    if exactness == "gradient_descent" or type(optimizer) in (*RULES, *STOCK):
+    if isinstance(optimizer, torchopt.Optimizer):
         return
-    name = type(optimizer).__name__
-    if isinstance(getattr(optimizer, "optimizer", None), optim.Optimizer):
+    name, inner = type(optimizer).__name__, getattr(optimizer, "optimizer", None)
+    if isinstance(inner, optim.Optimizer) and type(optimizer).__module__.startswith("accelerate"):
         raise TypeError(f"`optimizer` must be bare, got {name} around one: pass its `optimizer`.")
-    known = type(optimizer).__module__.startswith("torch.optim")
-    reason = _REFUSED.get(name) if known else None
-    raise TypeError(
-        f"`optimizer` must have a step that can be differentiated, got {name}: "
-        f"{reason or 'it is not a class of torch.optim, so its step is not known here'}. Use "
-        f"{', '.join(sorted({rule.__name__ for rule in (*RULES, *STOCK)}))} or an optimizer of "
-        "torchopt, or pass pseudo_update='gradient_descent' to take a plain gradient step for it, "
-        "which is an approximation."
-    )
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        reason = "its step evaluates the loss itself, by a closure"
+        raise TypeError(why_not(optimizer, reason))
 
 
 def is_cold(optimizer: AnyOptimizer) -> bool:

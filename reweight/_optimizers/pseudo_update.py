@@ -1,22 +1,21 @@
 """The pseudo update θ̂ = U(θ, ∇θ L_tr): the optimizer's next step, made differentiable.
 
 It starts from the param groups, learning rates and state of the real optimizer and changes none of
-them. What ``rules`` lacks runs as the stock class of ``torch.optim`` on copies, and an optimizer of
-torchopt as it is.
+them. What ``rules`` lacks is recorded as it runs, and an optimizer of torchopt is one already.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torchopt
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, Parameters, groups_of
+from reweight._optimizers.recorded_update import by_recording
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._optimizers.torchopt_update import by_torchopt, cut
+from reweight._optimizers.torchopt_update import by_torchopt
 from reweight._ranks.shards import local, shard_like
 
 
@@ -61,26 +60,30 @@ def pseudo_update(
     given = gradients
     if clip_grad_norm is not None:
         gradients = clip_gradients(gradients, clip_grad_norm)
-    names = {id(parameters[name]): name for name in gradients}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     updated = {name: parameter.detach() for name, parameter in parameters.items()}
-    num_zero_moments: Tensor | int = 0
+    device = next(iter(parameters.values())).device
+    num_zero_moments = torch.zeros((), dtype=torch.int64, device=device)
     for optimizer in optimizers:
-        for index, group in enumerate(groups_of(optimizer)):
-            held = [names[id(p)] for p in group["params"] if id(p) in names]
-            if not held:
-                continue
-            now = [parameters[name] for name in held]
-            moving = [gradients[name] for name in held]
-            num_zero: Tensor | int = 0
-            if exactness == "gradient_descent":
-                rate = -group["lr"] if group.get("maximize") else group["lr"]
-                moved = [p - rate * g for p, g in zip(now, moving, strict=True)]
-            elif isinstance(optimizer, torchopt.Optimizer):
-                moved, num_zero = by_torchopt(optimizer, index, now, moving)
-            else:
-                moved, num_zero = _by_torch(optimizer, group, now, moving)
-            updated.update(zip(held, moved, strict=True))
-            num_zero_moments = num_zero_moments + num_zero
+        groups = [
+            [names[id(p)] for p in group["params"] if id(p) in names]
+            for group in groups_of(optimizer)
+        ]
+        if exactness == "exact" and _is_recorded(optimizer):
+            # As a whole, for groups may depend on each other.
+            own = {name: gradients.get(name) for held in groups for name in held}
+            if any(gradient is not None for gradient in own.values()):
+                by_id = {id(parameters[name]): gradient for name, gradient in own.items()}
+                moved = by_recording(optimizer, by_id, num_zero_moments)
+                updated.update((names[key], parameter) for key, parameter in moved.items())
+            continue
+        for index, (group, held) in enumerate(zip(groups_of(optimizer), groups, strict=True)):
+            held = [name for name in held if name in gradients]
+            if held:
+                there = [parameters[name] for name in held], [gradients[name] for name in held]
+                new, num_zero = _by_group(optimizer, index, group, exactness, *there)
+                updated.update(zip(held, new, strict=True))
+                num_zero_moments += num_zero
     return PseudoUpdate(given, updated, num_zero_moments)
 
 
@@ -91,12 +94,34 @@ def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def _by_torch(
+def _is_recorded(optimizer: AnyOptimizer) -> TypeGuard[optim.Optimizer]:
+    """Whether there is nothing else for it than its own step. A subclass may do anything in it."""
+    if isinstance(optimizer, torchopt.Optimizer):
+        return False
+    return type(optimizer) not in RULES or any(g.get("amsgrad") for g in optimizer.param_groups)
+
+
+def _by_group(
+    optimizer: AnyOptimizer,
+    index: int,
+    group: Group,
+    exactness: Exactness,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+) -> tuple[list[Tensor], Tensor | int]:
+    """One group, where the others play no part."""
+    if exactness == "gradient_descent":
+        rate = -group["lr"] if group.get("maximize") else group["lr"]
+        return [p - rate * g for p, g in zip(parameters, gradients, strict=True)], 0
+    if isinstance(optimizer, torchopt.Optimizer):
+        return by_torchopt(optimizer, index, parameters, gradients)
+    return _by_rule(optimizer, group, parameters, gradients)
+
+
+def _by_rule(
     optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """One group of an optimizer of torch.optim; by a rule, shard by shard."""
-    if type(optimizer) not in RULES or group.get("amsgrad"):
-        return _by_stock_class(optimizer, group, parameters, gradients)
+    """One group, shard by shard."""
     states = [optimizer.state.get(p, {}) for p in parameters]
     moved = list(parameters)
     num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
@@ -183,41 +208,6 @@ def _parted(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
         return [joined]
     parts = joined.split([tensor.numel() for tensor in like])
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _by_stock_class(
-    optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """One group, by the class itself with ``differentiable=True``, on copies of all it changes."""
-    zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-    if type(optimizer) is not optim.ASGD:
-        # A new second moment of 0: the old one is, and the square of the descent (may underflow).
-        coupled = 0 if _is_decoupled(optimizer, group) else group["weight_decay"]
-        masks = [
-            (optimizer.state.get(p, {}).get("exp_avg_sq", zero) == 0)
-            & ((1 - group["betas"][1]) * _descent(group, p, g.detach(), coupled).square() == 0)
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        gradients = [cut(g, mask) for g, mask in zip(gradients, masks, strict=True)]
-        zero = torch.stack([local(mask).sum() for mask in masks]).sum()
-    copies = [p.detach().clone().requires_grad_().clone() for p in parameters]  # no leaves
-    settings = {**group, "params": copies, "differentiable": True, "foreach": False}
-    settings |= {name: False for name in ("fused", "capturable") if name in group}
-    twin = type(optimizer)([settings], differentiable=True)  # type: ignore[call-arg]
-    for p, moving, gradient in zip(parameters, copies, gradients, strict=True):
-        state = copy.deepcopy(optimizer.state.get(p, {}))
-        if type(optimizer) is not optim.ASGD:
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                state.setdefault(name, torch.zeros_like(p))
-            state.setdefault("mu_product", torch.ones(()))
-            # In the parameter's precision: β**step would otherwise be rounded to float32.
-            precision = torch.promote_types(p.dtype, torch.float32)
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=precision)
-        if state:
-            twin.state[moving] = state
-        moving.grad = gradient
-    type(twin).step.__wrapped__(twin)  # type: ignore[attr-defined] # past the hooks of the user
-    return copies, zero
 
 
 def _is_decoupled(optimizer: optim.Optimizer, group: Group) -> bool:

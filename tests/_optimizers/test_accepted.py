@@ -9,50 +9,16 @@ from torch.optim import SGD, Adam, AdamW
 from cases import make_model
 from reweight._optimizers.accepted import (
     as_optimizers,
-    check_differentiable,
     held_by,
     held_parameters,
     is_cold,
 )
-from reweight._optimizers.pseudo_update import pseudo_update
 
 
 def test_a_parameter_held_twice_is_refused() -> None:
     parameter = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="each parameter once"):
         as_optimizers([SGD([parameter], lr=0.1), SGD([parameter], lr=0.2)], [])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (torch.optim.Rprop, "got Rprop: its step follows the sign of the gradient alone"),
-        (torch.optim.LBFGS, "got LBFGS: its step evaluates the loss several times"),
-        (torch.optim.SparseAdam, "got SparseAdam: its step is defined for sparse"),
-        (lambda p: getattr(torch.optim, "Adafactor", missing)(p), "got Adafactor: PyTorch has no"),
-        (lambda p: getattr(torch.optim, "Muon", missing)(p), "got Muon: PyTorch has no"),
-        (lambda p: type("Mine", (SGD,), {})(p, lr=0.1), "got Mine: it is not a class of torch.op"),
-    ],
-)
-def test_optimizers_without_derivative_are_refused_with_the_reason(make, message) -> None:
-    parameter = torch.ones(2, 2, requires_grad=True)
-    try:
-        optimizer = make([parameter])
-    except NotImplementedError:
-        pytest.skip("not in this PyTorch")
-    with pytest.raises(TypeError, match=message) as refusal:
-        check_differentiable(optimizer)
-    assert "Use ASGD, Adadelta, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam" in str(refusal.value)
-    assert "pseudo_update='gradient_descent'" in str(refusal.value)
-    update = pseudo_update(
-        [optimizer], {"p": parameter}, {"p": torch.full((2, 2), 2.0)}, "gradient_descent"
-    )
-    lr = optimizer.param_groups[0]["lr"]
-    torch.testing.assert_close(update.parameters["p"], torch.full((2, 2), 1 - 2.0 * lr))
-
-
-def missing(parameters):
-    raise NotImplementedError
 
 
 def test_optimizers_come_as_a_tuple_that_holds_the_model() -> None:

@@ -192,6 +192,31 @@ def test_clipping_is_that_of_pytorch(max_norm: float) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.Rprop, "got Rprop: its step follows the signs of the gradient alone"),
+        (torch.optim.LBFGS, "got LBFGS: its step evaluates the loss itself, by a closure"),
+        (torch.optim.SparseAdam, "got SparseAdam: its step raises RuntimeError: SparseAdam does"),
+    ],
+)
+def test_optimizers_without_derivative_are_refused_with_the_reason(make, message) -> None:
+    parameter = torch.ones(2, 2, requires_grad=True)
+    optimizer = make([parameter])
+    gradients = {"p": torch.full((2, 2), 2.0)}
+
+    def look_ahead() -> None:
+        check_differentiable(optimizer)
+        pseudo_update([optimizer], {"p": parameter}, gradients)
+
+    with pytest.raises(TypeError, match=message) as refusal:
+        look_ahead()
+    assert "pseudo_update='gradient_descent'" in str(refusal.value)
+    update = pseudo_update([optimizer], {"p": parameter}, gradients, "gradient_descent")
+    lr = optimizer.param_groups[0]["lr"]
+    torch.testing.assert_close(update.parameters["p"], torch.full((2, 2), 1 - 2.0 * lr))
+
+
 def test_the_twin_of_a_stock_class_calls_no_hook_of_the_user() -> None:
     model = make_model("mlp")
     optimizer = torch.optim.NAdam(model.parameters())

@@ -1,0 +1,118 @@
+"""The next step of any optimizer of torch.optim's form, by its own ``step``."""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import numpy.random
+import torch
+from torch import Tensor, optim
+
+from reweight._optimizers.operations import LOW, valued
+from reweight._optimizers.recorder import Recorder
+from reweight._optimizers.twin import twin
+
+By = dict[int, Tensor]
+"""By the id of the parameter."""
+
+
+class RecordedStep(NamedTuple):
+    """A step of an optimizer.
+
+    Attributes:
+        parameters: θ̂ by the id of the parameter, differentiable in the gradients.
+        recorder: which says what has no derivative.
+    """
+
+    parameters: By
+    recorder: Recorder
+
+
+class How(NamedTuple):
+    """How the step of a class can be recorded.
+
+    Attributes:
+        widened: in float32 where it asks for less; code of its own may not bear that.
+        keeps_numbers: see :class:`Recorder`; code of its own may take no number but Python's.
+    """
+
+    widened: bool = True
+    keeps_numbers: bool = True
+
+
+USUAL = How()
+
+
+def recorded_step(
+    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], how: How = USUAL
+) -> RecordedStep:
+    """What the parameters would be after the next step, which is not taken.
+
+    Values are bitwise those of the step. Where it computes in a lower precision than that of its
+    parameters, or by a fused kernel, which has no derivative, it runs twice: the derivative is that
+    of the same step in float32, unfused.
+
+    Args:
+        optimizer: nothing of it changes.
+        gradients: by the id of the parameter; None for none. One that is not named has its own.
+        how: what the class bears.
+    """
+    is_low = any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
+    wide = torch.float32 if how.widened and not is_low else None
+    first = record(optimizer, gradients, wide, how.keeps_numbers)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    if not (fused or first.recorder.is_widened):
+        return first
+    constants = {key: None if g is None else g.detach() for key, g in gradients.items()}
+    values = record(optimizer, constants, None, False, unfused=False).parameters
+    return first._replace(
+        parameters={key: valued(p, values[key]) for key, p in first.parameters.items()}
+    )
+
+
+def record(
+    optimizer: optim.Optimizer,
+    gradients: Mapping[int, Tensor | None],
+    wide: torch.dtype | None,
+    keeps_numbers: bool,
+    *,
+    unfused: bool = True,
+    default_dtype: torch.dtype | None = None,
+) -> RecordedStep:
+    """A step that computes in that precision where it asks for a lower one."""
+    new = twin(optimizer, gradients, lambda tensor: tensor.data)
+    for group in new.optimizer.param_groups:
+        if unfused and group.get("fused"):
+            group["fused"] = False
+    recorder = Recorder(wide, keeps_numbers)
+    for key, gradient in gradients.items():
+        held = new.parameters[key].grad
+        if held is not None and gradient is not None:
+            recorder.write(held, gradient)
+    with step_alone(new.parameters.values(), default_dtype), recorder.numbers(), recorder:
+        new.step()
+    moved = {key for key, gradient in gradients.items() if gradient is not None}
+    return RecordedStep({key: recorder.read(new.parameters[key]) for key in moved}, recorder)
+
+
+@contextmanager
+def step_alone(
+    parameters: Iterable[Tensor], default_dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """A step that draws what the next one will, runs uncompiled, and leaves no trace of it."""
+    devices = {p.device for p in parameters if p.device.type != "cpu"}
+    with ExitStack() as stack:
+        kinds = {device.type for device in devices} or {"cuda"}
+        for kind in kinds:
+            numbers = [device.index for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(default_dtype or torch.get_default_dtype())
+        stack.callback(numpy.random.set_state, numpy.random.get_state())
+        yield

@@ -1,0 +1,258 @@
+"""Any step, recorded copy-on-write below autograd.
+
+Under a ``TorchDispatchMode`` every operation of a step arrives below autograd: ``no_grad``,
+``.data``, ``.detach()``, foreach, ``out=`` and views all look alike there, as operations on
+storages. What a storage holds is kept beside it, as a value that autograd records; a write makes a
+new value. So no memory is written: what the optimizer holds needs no copy and does not change, and
+no tensor that a backward needs is modified in place.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import SymFloat, Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reweight._optimizers.operations import (
+    LOW,
+    SIGNS,
+    Operation,
+    aten,
+    each,
+    has_derivative,
+    leaves,
+    operation,
+    results_of,
+    results_with_numbers,
+    tensors_in,
+)
+from reweight._optimizers.scalars import Number, NumbersKept, Refused
+from reweight._ranks.shards import is_sharded, local
+
+Geometry: TypeAlias = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
+
+
+class Held(NamedTuple):
+    """What a storage holds: a value, for the view of it that has this geometry."""
+
+    storage: torch.UntypedStorage
+    value: Tensor
+    geometry: Geometry
+
+
+class Recorder(TorchDispatchMode):
+    """Runs the operations of a step on values beside the storages.
+
+    Args:
+        wide: the type that the step computes in where it asks for a lower one; None for as it asks.
+        keeps_numbers: whether ``.item()`` gives a number that keeps its derivative, of a type of
+            its own that not all code takes for a number.
+
+    Attributes:
+        has_constants: whether numbers that depend on the gradient became constants.
+        signs: operations that it went through whose derivative is 0.
+        lost: operations that have no derivative, of what depends on the gradient.
+        is_widened: whether the step asked for a lower type than ``wide``.
+    """
+
+    def __init__(self, wide: torch.dtype | None = None, keeps_numbers: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.has_constants = self.is_widened = False
+        self.signs: set[str] = set()
+        self.lost: set[str] = set()
+        self._wide, self._keeps_numbers = wide, keeps_numbers
+        self._held: dict[int, Held] = {}
+        # The dispatcher as it is outside of all modes; below autograd it is without it.
+        self._outside = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+
+    def numbers(self) -> NumbersKept:
+        """To go around the step too: what no dispatch mode sees."""
+        return NumbersKept(self._number_of, self._constant_of)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """What this view of a storage holds now."""
+        is_plain = _is_plain(tensor)
+        if not (is_plain or is_sharded(tensor)):
+            raise Refused(f"its step computes with tensors of the class {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise Refused(f"its step computes with a tensor of layout {tensor.layout}")
+        held = self._held.get(_storage(tensor)._cdata)
+        if held is None:
+            return tensor.data  # with a version counter of its own, for the step counts its writes
+        geometry = _geometry(tensor)
+        if held.geometry == geometry:
+            return held.value
+        if not is_plain:
+            raise Refused("its step takes views of sharded parameters")
+        flat, dtype = _flat(held), held.value.dtype
+        if dtype.is_complex and tensor.is_floating_point():
+            flat = torch.view_as_real(flat).reshape(-1)
+        elif tensor.is_complex() and dtype.is_floating_point:
+            flat = torch.view_as_complex(flat.view(-1, 2))
+        elif dtype != tensor.dtype:
+            if flat.requires_grad:
+                raise Refused("its step reads the bits of numbers, as stochastic rounding does")
+            flat = flat.contiguous().view(tensor.dtype)
+        size, stride, offset, _ = geometry
+        if tensor.is_contiguous() and tensor.numel() == flat.numel():
+            return flat.reshape(size)
+        return flat.as_strided(size, stride, offset)
+
+    def write(self, tensor: Tensor, value: Tensor) -> None:
+        """Let this view of a storage hold that from now on."""
+        storage, geometry = _storage(tensor), _geometry(tensor)
+        covers = storage.nbytes() == tensor.numel() * tensor.element_size()
+        if _is_plain(tensor) and not (covers and tensor.is_contiguous()):
+            everything = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
+            value = _scatter(self.read(everything).clone(), value, geometry)
+            geometry = _geometry(everything)
+        self._held[storage._cdata] = Held(storage, value, geometry)
+
+    def recording(self) -> "_Recording":
+        """With autograd, as outside of the step."""
+        return _Recording(self._outside)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        op, kwargs = operation(func), kwargs or {}
+        if not op.is_known:
+            raise Refused(f"its step calls {func}, which is not an operation of PyTorch's own")
+        if self._wide is not None and kwargs.get("dtype") in LOW:
+            kwargs, self.is_widened = {**kwargs, "dtype": self._wide}, True
+        if op.is_view:
+            return func(*args, **kwargs)
+        with self.recording():
+            return self._run(func, op, args, kwargs)
+
+    def _run(
+        self, func: OpOverload, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        olds = [kwargs[name] if name in kwargs else args[i] for i, name in op.written]
+        values = [each(self._value, value) for value in args]
+        named = {name: each(self._value, value) for name, value in kwargs.items()}
+        given = leaves([*values[op.name == "copy" :], *named.values()])  # not what is written over
+        tracked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if any(type(value) is SymFloat for value in given):
+            results, tracked = results_with_numbers(func, op, values, named), True
+        else:
+            results = results_of(func, op, values, named, tracked)
+        if tracked:
+            self._note(func, op, results)
+        if not op.written:
+            return self._bound(results)
+        for old, new in zip(tensors_in(olds), tensors_in([results]), strict=True):
+            if old.shape != new.shape and op.is_out:  # which gets the shape of what it is given
+                memory = torch.empty_like(new).untyped_storage()
+                old.set_(memory, 0, new.shape, new.stride())
+            if new.dtype != old.dtype or new.device != old.device:
+                new = new.to(old.device, old.dtype)
+            self.write(old, new if new.shape == old.shape else new.expand_as(old))
+        return (olds[0] if len(olds) == 1 else tuple(olds)) if func._schema.returns else None
+
+    def _note(self, func: OpOverload, op: Operation, results: Any) -> None:
+        if op.name in SIGNS:
+            self.signs.add(op.name)
+        elif func is aten._local_scalar_dense.default:
+            self.has_constants |= isinstance(results, float)
+        elif not op.makes_constants:
+            floats = (one for one in tensors_in([results]) if one.is_floating_point())
+            if not all(map(has_derivative, floats)):
+                self.lost.add(op.name)
+
+    def _value(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0:  # how x · number arrives here
+            number = getattr(value, "_wrapped_number", None)
+            if isinstance(number, SymFloat):
+                return number
+        return self.read(value)
+
+    def _bound(self, results: Any) -> Any:
+        """The same memory as tensors that the step may hold."""
+        if isinstance(results, list | tuple):
+            return type(results)(map(self._bound, results))
+        if not isinstance(results, Tensor) or not results.requires_grad:
+            return results
+        handle = results.data  # with a version counter of its own, as above
+        storage = _storage(handle)
+        self._held[storage._cdata] = Held(storage, results, _geometry(handle))
+        return handle
+
+    def _number_of(self, tensor: Tensor) -> Any:
+        with self.recording():
+            value = self.read(tensor)
+            if value.requires_grad and self._keeps_numbers:
+                number = Number(value.double(), self.recording, self._make_constant)
+                return SymFloat(number)
+        return self._constant_of(tensor).item()
+
+    def _constant_of(self, tensor: Tensor) -> Tensor:
+        with self.recording():
+            value = self.read(tensor)
+            if value.requires_grad:
+                self._make_constant()
+            return value.detach()
+
+    def _make_constant(self) -> None:
+        self.has_constants = True
+
+
+class _Recording:
+    """As a context; entering it is most of what recording costs."""
+
+    def __init__(self, outside: tuple[Any, Any]) -> None:
+        # Leaving the inference mode lets gradients be recorded too.
+        leaves_inference = torch.is_inference_mode_enabled()
+        self._mode = torch.inference_mode(False) if leaves_inference else torch.enable_grad()
+        self._guard = torch._C._ForceDispatchKeyGuard(*outside)
+
+    def __enter__(self) -> None:
+        self._mode.__enter__()
+        self._guard.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._guard.__exit__(*error)
+        self._mode.__exit__(*error)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor if _is_plain(tensor) else local(tensor)).untyped_storage()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _geometry(tensor: Tensor) -> Geometry:
+    return tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
+
+
+def _flat(held: Held) -> Tensor:
+    """All that a storage holds, in the order of memory."""
+    size, stride = held.geometry[:2]
+    num_entries = held.storage.nbytes() // held.value.element_size()
+    if held.value.numel() == num_entries and _is_contiguous(size, stride):
+        return held.value.reshape(-1)
+    return _scatter(held.value.new_zeros(num_entries), held.value, held.geometry)
+
+
+def _is_contiguous(size: Sequence[int], stride: Sequence[int]) -> bool:
+    step = 1
+    for length, one in zip(reversed(size), reversed(stride), strict=True):
+        if length != 1 and one != step:
+            return False
+        step *= length
+    return True
+
+
+def _scatter(flat: Tensor, value: Tensor, geometry: Geometry) -> Tensor:
+    # as_strided_scatter has a wrong derivative unless strides are contiguous (2.13, 2.14.1).
+    flat.as_strided(*geometry[:3]).copy_(value)
+    return flat

@@ -1,0 +1,138 @@
+"""Numbers that a step takes out of tensors, by ``.item()``, keep their derivative."""
+
+import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_MEMORY = {"data_ptr", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage"}
+_NUMBER = {"item", "tolist", "__float__"}
+_OF_NUMBERS = {"full", "full_like", "new_full"}  # which take a tensor for their number
+
+
+class Refused(TypeError):
+    """Why the step of an optimizer cannot be differentiated."""
+
+
+class Number:
+    """What a ``torch.SymFloat`` stands for: a scalar tensor with its graph.
+
+    The names are those that SymFloat calls. ``float(…)``, as of ``math.sqrt``, makes a constant of
+    it, which ``on_constant`` is called for.
+    """
+
+    constant = None
+
+    def __init__(
+        self,
+        value: Tensor,
+        recording: Callable[[], AbstractContextManager[None]],
+        on_constant: Callable[[], None],
+    ) -> None:
+        self.value, self._recording, self._on_constant = value, recording, on_constant
+
+    def _like(self, value: Tensor) -> "Number":
+        return Number(value, self._recording, self._on_constant)
+
+    def is_float(self) -> bool:
+        return self.value.is_floating_point()
+
+    def is_bool(self) -> bool:
+        return not self.is_float()
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def is_int(self) -> bool:
+        return False
+
+    is_constant = is_nested_int = is_int
+
+    def wrap_float(self, number: float) -> "Number":
+        return self._like(torch.full((), float(number), dtype=torch.float64))
+
+    wrap_int = wrap_float
+
+    def sym_float(self) -> "Number":
+        return self
+
+    def guard_float(self, *where: Any) -> float:
+        if self.value.requires_grad:
+            self._on_constant()
+        return float(self.value.detach())
+
+    def guard_bool(self, *where: Any) -> bool:
+        return bool(self.value)
+
+    expect_true = bool_ = guard_bool
+
+    def _graph_repr(self) -> str:
+        return str(self.value.detach())
+
+    _str = str = _graph_repr
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Number]:
+    def method(self: Number, *others: Number) -> Number:
+        with self._recording():
+            return self._like(function(self.value, *(other.value for other in others)))
+
+    return method
+
+
+for _names, _function in {
+    ("add",): operator.add,
+    ("sub",): operator.sub,
+    ("mul",): operator.mul,
+    ("truediv", "float_truediv"): operator.truediv,
+    ("pow", "float_pow", "pow_by_natural"): operator.pow,
+    ("neg",): operator.neg,
+    ("abs",): operator.abs,
+    ("gt",): operator.gt,
+    ("ge",): operator.ge,
+    ("lt",): operator.lt,
+    ("le",): operator.le,
+    ("eq",): operator.eq,
+    ("ne",): operator.ne,
+    ("sym_min",): torch.minimum,
+    ("sym_max",): torch.maximum,
+    ("sym_sqrt",): torch.sqrt,
+    ("sym_exp",): torch.exp,
+    ("sym_log",): torch.log,
+}.items():
+    for _name in _names:
+        setattr(Number, _name, _method(_function))  # type: ignore[arg-type]
+
+
+class NumbersKept(TorchFunctionMode):
+    """Numbers come out of tensors by :class:`Number`, and memory not at all.
+
+    Args:
+        number_of: what ``.item()`` gives.
+        constant_of: a tensor for what makes constants, ``float`` and ``.tolist()``.
+    """
+
+    def __init__(
+        self, number_of: Callable[[Tensor], Any], constant_of: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self._number_of, self._constant_of = number_of, constant_of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _MEMORY:
+            raise Refused(f"its step reads memory itself, by Tensor.{name}")
+        if name == "item":
+            return self._number_of(args[0])
+        if name in _NUMBER:
+            return getattr(self._constant_of(args[0]), name)()
+        kwargs = kwargs or {}
+        if name not in _OF_NUMBERS:  # a tensor for a number is its item()
+            for key in kwargs.keys() & {"alpha", "value"}:
+                if isinstance(kwargs[key], Tensor):
+                    kwargs = {**kwargs, key: self._number_of(kwargs[key])}
+        return func(*args, **kwargs)
