@@ -5,8 +5,8 @@ drawn at random, in float32: once θ̂ comes from ``pseudo_update``, once from t
 step. Then in float64: ⟨c, ∂θ̂/∂g·u⟩ for c and u drawn at random, once by the derivative and once by
 central differences of the class's own step, of classes built anew for each point.
 
-    pip install pytorch_optimizer timm torch-optimizer pytorch-ranger schedulefree torchao ...
-    python benchmarks/optimizers.py                     # a quarter of an hour on two cores
+    pip install pytorch_optimizer timm torchvision torch-optimizer schedulefree torchao ...
+    python benchmarks/optimizers.py                     # ten minutes on two cores
     python benchmarks/optimizers.py torch.optim --cost  # these packages only, and what they cost
 
 Packages that are not installed are left out and named. Prints a table and a summary; without

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-import numpy.random
 import torch
 from torch import Tensor, optim
 
@@ -114,5 +113,6 @@ def step_alone(
         stack.callback(random.setstate, random.getstate())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(default_dtype or torch.get_default_dtype())
-        stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if (numpy_random := sys.modules.get("numpy.random")) is not None:
+            stack.callback(numpy_random.set_state, numpy_random.get_state())
         yield

@@ -42,8 +42,8 @@ def by_recording(
         if known is None or known.kind is not type(optimizer):
             known = _Verified(type(optimizer), frozenset(), USUAL)
         if not found <= known.kinds:
-            how = verify(optimizer, gradients)
-            known = _Verified(known.kind, known.kinds | found, how)
+            how, moved_at_all = verify(optimizer, gradients)
+            known = _Verified(known.kind, known.kinds | (found if moved_at_all else set()), how)
             _verified[optimizer] = known
         cut = _Cut(num_cut)
         moved = recorded_step(

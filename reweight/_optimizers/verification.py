@@ -34,7 +34,7 @@ Gradients = Mapping[int, Tensor | None]
 _ENTRIES = 1 << 22  # of parameters; more are verified only where they are of another kind
 
 
-def verify(optimizer: optim.Optimizer, gradients: Gradients) -> How:
+def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]:
     """Raise Refused, with the reason, unless both are so along a direction drawn at random.
 
     Args:
@@ -42,7 +42,7 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> How:
         gradients: by the id of the parameter; None for none.
 
     Returns:
-        How the step can be recorded.
+        How the step can be recorded, and whether it moves anything, without which little is known.
     """
     few, gradients = _few(optimizer, gradients)
     own = _own_step(few, gradients, _copied, None)
@@ -67,7 +67,7 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> How:
     except Exception:  # code of its own bears no precision but that of the parameters
         slopes = _slopes(few, gradients, None, how.keeps_numbers)
     _require_derivative(optimizer, slopes, moved)
-    return how
+    return how, moved
 
 
 def _first_that_runs(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, RecordedStep]:
@@ -110,15 +110,16 @@ def _require_derivative(optimizer: optim.Optimizer, slopes: "_Slopes", moved: bo
 
 def kinds(optimizer: optim.Optimizer, gradients: Gradients) -> dict[Any, int]:
     """The parameters that a step may treat differently, and one of each, the smallest."""
-    found: dict[Any, tuple[int, int]] = {}
+    found: dict[Any, Tensor] = {}
     for number, group in enumerate(optimizer.param_groups):
         switches = tuple(v for v in group.values() if v is None or isinstance(v, bool | str))
         for p in group["params"]:
             if gradients.get(id(p)) is not None:
                 state = frozenset(map(str, optimizer.state.get(p, ())))
                 kind = (number, switches, p.dim(), p.dtype, p.device, state)
-                found[kind] = min((p.numel(), id(p)), found.get(kind, (p.numel(), id(p))))
-    return {kind: key for kind, (_, key) in found.items()}
+                if kind not in found or p.numel() < found[kind].numel():
+                    found[kind] = p  # the first of equals, as on every rank
+    return {kind: id(p) for kind, p in found.items()}
 
 
 def _few(

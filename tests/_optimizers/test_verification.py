@@ -21,7 +21,7 @@ def gradients_of(taken: Taken) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_right_passes(name: str, dtype: torch.dtype) -> None:
     taken = Taken(STEPS[name], dtype)
-    assert verify(taken.optimizer, gradients_of(taken)) == How()
+    assert verify(taken.optimizer, gradients_of(taken)) == (How(), True)
 
 
 class Sneaky(TrustRatio):
@@ -70,6 +70,16 @@ def test_signs_have_no_derivative_however_large_the_step() -> None:
         verify(taken.optimizer, gradients_of(taken))
 
 
+def test_a_step_that_stands_still_is_looked_at_again() -> None:
+    taken = Taken(Signs, num_steps=0)
+    group = taken.optimizer.param_groups[0]
+    group["lr"] = 0.0
+    pseudo_update([taken.optimizer], taken.named, taken.leaves())
+    group["lr"] = 0.1
+    with pytest.raises(TypeError, match="follows the signs"):
+        pseudo_update([taken.optimizer], taken.named, taken.leaves())
+
+
 class ForgetsTheGradient(TrustRatio):
     @torch.no_grad()
     def step(self) -> None:
@@ -93,7 +103,7 @@ class KnowsItsTypes(TrustRatio):
 
 def test_code_for_one_precision_is_verified_in_that() -> None:
     taken = Taken(KnowsItsTypes, torch.float32, num_steps=0)
-    assert verify(taken.optimizer, gradients_of(taken)) == How()
+    assert verify(taken.optimizer, gradients_of(taken)) == (How(), True)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
