@@ -3,39 +3,41 @@
     python benchmarks/sweeps.py --ops --modules --optimizers --architectures
     python benchmarks/sweeps.py --ops --only embedding linalg  # these anew, the other rows stay
     python benchmarks/sweeps.py --ops --resume                 # go on where it was cut off
+    python benchmarks/sweeps.py --ops --failed                 # what was not exact, anew
 
-Each entry becomes a small net, which is trained for one step in float64 and in float32, in a process
-of its own. The hypergradient of that step is held to an oracle that shares no code with the package
-(``benchmarks/databases/judge.py``). What came of it:
+Each entry becomes a small net, which is trained for one step in float64 and in float32, in a
+process of its own. The hypergradient of that step is held to an oracle that shares no code with
+the package (``benchmarks/databases/judge.py``). What came of it:
 
 exact               within 1e-9 relative in float64, within 1e-4 in float32
 inexact             within 1e-7 and 1e-2: more rounding than there need be
 finite differences  of the whole model, because of one operation
 warned              wrong, and the package said so
 refused             with an error, though it trains by itself
+unfinished          its process crashed, or took too long
 wrong               silently
 not applicable      it cannot be trained by itself, or only with values that are not finite
 
 Rows go to benchmarks/results/sweeps/, one for each entry and precision, the worst of several
-samples; summary.txt counts them. PyTorch's databases want the packages ``expecttest`` and
-``hypothesis``.
+samples; summary.txt counts them, and the table that is printed stands in docs/compatibility.md.
+PyTorch's databases want the package ``expecttest``.
 """
 
 import argparse
-import platform
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from databases import modules, ops, optimizers
-from databases.judge import EXACT, NOT_APPLICABLE, OUTCOMES
-from databases.runner import DTYPES, Row, Sweep, append, read, run, write
+from databases import architectures, modules, ops, optimizers
+from databases.judge import EXACT, OUTCOMES
+from databases.runner import DTYPES, Sweep, append, read, run, write
 
 RESULTS = Path(__file__).parent / "results" / "sweeps"
 SWEEPS = {
     "ops": Sweep(ops.entries, ops.cases),
     "modules": Sweep(modules.entries, modules.cases),
     "optimizers": Sweep(optimizers.entries, optimizers.cases),
+    "architectures": Sweep(architectures.entries, architectures.cases, ("torch", "transformers")),
 }
 
 
@@ -49,6 +51,9 @@ def sweep_one(name: str, settings: argparse.Namespace) -> None:
     if settings.resume:
         done = Counter(row["entry"] for row in rows)
         entries = {n: e for n, e in entries.items() if done[n] < len(DTYPES)}
+    if settings.failed:
+        failed = {row["entry"] for row in rows if row["outcome"] != EXACT}
+        entries = {n: e for n, e in entries.items() if n in failed}
     write(path, [row for row in rows if row["entry"] not in entries])
     versions = ", ".join(f"{package} {version(package)}" for package in sweep.packages)
     for number, found in enumerate(
@@ -65,32 +70,44 @@ def sweep_one(name: str, settings: argparse.Namespace) -> None:
     write(path, sorted(read(path), key=lambda row: (row["entry"], row["dtype"])))
 
 
-def counts(rows: list[Row]) -> dict[str, Counter[str]]:
-    """How many entries came out how, for each precision."""
-    return {
-        dtype: Counter(row["outcome"] for row in rows if row["dtype"] == dtype) for dtype in DTYPES
-    }
+def table(results: Path) -> list[list[str]]:
+    """Entries by outcome, a row for each sweep and precision; the first row names the columns."""
+    lines = [["database", "precision", "with", *reversed(OUTCOMES), "warned of, though exact"]]
+    for name in SWEEPS:
+        rows = read(results / f"{name}.csv")
+        versions = "; ".join(sorted({row["versions"] for row in rows}))
+        for dtype in DTYPES:
+            mine = [row for row in rows if row["dtype"] == dtype]
+            found = Counter(row["outcome"] for row in mine)
+            false_alarms = sum(row["outcome"] == EXACT and row["reason"] != "" for row in mine)
+            cells = [*(found[outcome] for outcome in reversed(OUTCOMES)), false_alarms]
+            lines.append([name, dtype, versions, *map(str, cells)])
+    return lines
+
+
+def markdown(results: Path) -> str:
+    """The table as it stands in docs/compatibility.md."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in table(results))
+    return "\n".join([head, "|---" * len(table(results)[0]) + "|", *lines])
 
 
 def summary(results: Path) -> str:
-    """Counts of all sweeps that there are rows of, and the rows that are not exact."""
-    lines = [f"Python {platform.python_version()}, CPU. Entries by outcome:", ""]
-    lines.append(f"{'':<16}{'':<9}" + "".join(f"{outcome:>20}" for outcome in reversed(OUTCOMES)))
-    rest = []
+    """The table, and every row that is not exact, the worst first."""
+    lines = table(results)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     for name in SWEEPS:
-        rows = read(results / f"{name}.csv")
-        for dtype, found in counts(rows).items():
-            cells = "".join(f"{found[outcome]:>20}" for outcome in reversed(OUTCOMES))
-            lines.append(f"{name:<16}{dtype:<9}{cells}")
-        versions = sorted({row["versions"] for row in rows})
-        lines.append(f"{'':<16}{'; '.join(versions)}")
-        rest += [
-            f"{name}  {row['entry']}, {row['dtype']}: {row['outcome']} {row['error']}  "
-            f"{row['reason'][:160]}"
-            for row in sorted(rows, key=lambda row: OUTCOMES.index(row["outcome"]))
-            if row["outcome"] not in (EXACT, NOT_APPLICABLE)
-        ]
-    return "\n".join([*lines, "", "All that is not exact:", "", *rest]) + "\n"
+        rows = [row for row in read(results / f"{name}.csv") if row["outcome"] != EXACT]
+        text += ["", f"{name}: what is not exact"] if rows else []
+        for row in sorted(rows, key=lambda row: OUTCOMES.index(row["outcome"])):
+            text.append(
+                f"  {row['outcome']}: {row['entry']}, {row['dtype']}, {row['worst']} "
+                f"{row['error']}  {row['reason'][:140]}".rstrip()
+            )
+    return "\n".join(text) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="entries whose name contains one of these")
     parser.add_argument("--limit", type=int, help="the first so many of them")
     parser.add_argument("--resume", action="store_true", help="keep the rows that there are")
+    parser.add_argument("--failed", action="store_true", help="those that have a row not exact")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=120, help="the most for an entry")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -110,9 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in SWEEPS:
         if getattr(settings, name):
             sweep_one(name, settings)
-    text = summary(settings.results)
-    (settings.results / "summary.txt").write_text(text)
-    print(text)
+    (settings.results / "summary.txt").write_text(summary(settings.results))
+    print(markdown(settings.results))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from databases.judge import Training
+from databases.judge import NUM_SAMPLES, Training
 
-NUM_CLASSES, NUM_FEATURES, NUM_SAMPLES = 3, 2, 3
+NUM_CLASSES, NUM_FEATURES = 3, 2
 
 
 class Called(nn.Module):
@@ -18,7 +18,8 @@ class Called(nn.Module):
 
     Every floating-point tensor t among the arguments is moved by the sample and by parameters a, b
     of its shape: t + s·(a·x[0] + b·x[1]) with s = |t|/10, or 1/10 where t is 0, so that positive
-    numbers stay positive. What the function returns goes through a fixed random projection.
+    numbers stay positive; 100 times less where that leaves the function's domain. What the function
+    returns goes through a fixed random projection.
 
     Args:
         function: takes the arguments.
@@ -47,6 +48,9 @@ class Called(nn.Module):
         # Copies: some functions change what they are given.
         self.leaves = copy.deepcopy(tree_map_only(Tensor, torch.detach, leaves))
         with torch.no_grad():
+            self.size = 0.1
+            if not self._outputs(torch.ones(NUM_FEATURES)).isfinite().all():
+                self.size = 0.001
             flat = self._outputs(torch.zeros(NUM_FEATURES))
         generator = torch.Generator().manual_seed(0)
         projection = torch.randn(len(flat), NUM_CLASSES, generator=generator, dtype=torch.float64)
@@ -63,7 +67,8 @@ class Called(nn.Module):
         leaves = list(self.leaves)
         for key, a in self.a.items():
             tensor = leaves[int(key)]
-            size = torch.where(tensor == 0, 0.1, 0.1 * tensor.abs())
+            size = self.size * torch.where(tensor == 0, 1, tensor.abs())
+            size = torch.where(tensor.isfinite(), size, 0)
             change = size * (a * row[0] + self.b[key] * row[1])
             if tensor.is_complex():
                 change = torch.complex(change, change)

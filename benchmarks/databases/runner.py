@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from databases.judge import NOT_APPLICABLE, OUTCOMES, REFUSED, Case, Finding, judge
+from databases.judge import NOT_APPLICABLE, OUTCOMES, UNFINISHED, Case, Finding, judge
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 COLUMNS = (
@@ -52,14 +52,17 @@ def rows_of(sweep: Sweep, name: str, entry: Any) -> Iterator[Row]:
         try:
             findings = [judge(case, dtype) for case in sweep.cases(entry, dtype)]
         except Exception as error:  # its samples cannot be made
-            findings = [
-                Finding(NOT_APPLICABLE, "", reason=f"{type(error).__name__}: {error}"[:300])
-            ]
+            why = f"{type(error).__name__}: {error}"
+            findings = [Finding(NOT_APPLICABLE, "", reason=why[:300])]
         if not findings:
             findings = [Finding(NOT_APPLICABLE, "", reason="no sample that can be trained")]
-        worst = min(findings, key=lambda one: (OUTCOMES.index(one.outcome), -(one.error or 0)))
+        worst = min(findings, key=_badness)
         applicable = sum(one.outcome != NOT_APPLICABLE for one in findings)
         yield _row(name, dtype_name, worst, f"{applicable} of {len(findings)}")
+
+
+def _badness(finding: Finding) -> tuple[int, bool, float]:
+    return OUTCOMES.index(finding.outcome), not finding.reason, -(finding.error or 0.0)
 
 
 def _row(name: str, dtype: str, worst: Finding, samples: str) -> Row:
@@ -108,7 +111,7 @@ def run(
                 ended, why = True, f"took longer than {limit:.0f} s"
             if ended:
                 for dtype in list(DTYPES)[len(rows) :]:
-                    rows.append(_row(name, dtype, Finding(REFUSED, "", reason=why), ""))
+                    rows.append(_row(name, dtype, Finding(UNFINISHED, "", reason=why), ""))
                 del running[pipe]
                 pipe.close()
                 yield rows
