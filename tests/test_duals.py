@@ -18,8 +18,9 @@ from reweight import MeanObjective, MetaReweightStep, SampleReweighter
 from reweight._kernels import function
 from reweight._passes import forward, forward_mode, primal_cache
 from reweight._passes.forward_mode import tangents_follow_gradients
+from reweight._passes.ladder import Ladder
 from reweight._passes.primal_cache import PrimalCache
-from test_models import REFUSED, ROWS, set_up
+from test_models import ROWS, set_up
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def forget(monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+@pytest.mark.parametrize("name", ROWS)
 def test_recalled_values_change_nothing(name: str, recalled, monkeypatch) -> None:
     model, _, train, meta = set_up(ROWS[name])
     model = getattr(model, "_orig_mod", model)
@@ -240,7 +241,7 @@ def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], monkeypatch
     with forward_ad.dual_level():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             theirs = run()
-        with tangents_follow_gradients(PrimalCache()):
+        with tangents_follow_gradients(PrimalCache(), Ladder()):
             ours = run()
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # rounding
@@ -345,7 +346,7 @@ def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) ->
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.how != REFUSED])
+@pytest.mark.parametrize("name", ROWS)
 def test_lean_steps_are_the_same_for_every_model(name: str) -> None:
     model, _, train, meta = set_up(ROWS[name])
     model = getattr(model, "_orig_mod", model)

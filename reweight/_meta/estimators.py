@@ -21,8 +21,10 @@ from reweight._checks import check_choice
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._passes.compiled import NotCompiledError
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
+from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import num_ranks, sums_over_ranks
 from reweight._ranks.shards import is_sharded, sharded_modules, whole
 from reweight.losses import ExitLosses
@@ -31,18 +33,22 @@ from reweight.objectives import MetaLoss
 _logger = logging.getLogger("reweight")
 
 
-def dual_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+def dual_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> Tensor:
     """⟨v, ∇θ l⟩ exactly, by one forward-mode pass; no second-order graph."""
     load_forward_mode()
-    with forward_ad.dual_level():
-        within = tangents_follow_gradients(problem.first.cache)
-        losses = problem.replay({}, tangents, within)  # θ + ε·v
-        value, product = forward_ad.unpack_dual(losses)
-    # None where the losses move with nothing that the meta loss moves with.
-    return torch.zeros_like(value) if product is None else product
+
+    def product() -> Tensor:
+        with forward_ad.dual_level():
+            within = tangents_follow_gradients(problem.first.cache, ladder)
+            losses = problem.replay({}, tangents, within, ladder.needs_graph)  # θ + ε·v
+            value, tangent = forward_ad.unpack_dual(losses)
+        # None where the losses move with nothing that the meta loss moves with.
+        return torch.zeros_like(value) if tangent is None else tangent.detach()
+
+    return ladder.run(product)
 
 
-def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
+def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> Tensor:
     """⟨v, ∇θ l⟩ approximately, by two forwards at θ ± h·v; for what has no forward mode.
 
     h·‖v‖ is precision^⅔·‖θ‖, 2e-5 of ‖θ‖ in float32 and 0.04 in bfloat16: rounding, which grows as
@@ -54,19 +60,16 @@ def difference_product(problem: MetaProblem, tangents: Parameters) -> Tensor:
         torch.stack([whole(tensor.detach().norm()) for tensor in tensors]).norm()
         for tensors in ([problem.first.moved[name] for name in tangents], tangents.values())
     ]
-    watch = DifferenceWatch()
+    watch = DifferenceWatch(ladder)
+
+    def losses_at(distance: Tensor) -> Tensor:
+        at = {n: problem.first.moved[n].detach() + distance * v for n, v in tangents.items()}
+        return ladder.run(lambda: problem.replay(at, {}, watch, ladder.needs_graph))
 
     def difference(precision: float) -> Tensor:
         step = precision ** (2 / 3) * lengths[0] / lengths[1]
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
-        above, below = (
-            problem.replay(
-                {n: problem.first.moved[n].detach() + sign * step * v for n, v in tangents.items()},
-                {},
-                watch,
-            )
-            for sign in (1, -1)
-        )
+        above, below = (losses_at(sign * step).detach() for sign in (1, -1))
         return (above - below) / (2 * step)
 
     product = difference(problem.precision)
@@ -149,7 +152,7 @@ def _warn_unless_consistent(
     difference = float((terms.sum() - by_backward).abs() / terms.abs().sum())
     if difference <= problem.precision ** (1 / 3):
         return
-    watch = DifferenceWatch()  # there may be autocast inside the model
+    watch = DifferenceWatch(Ladder())  # there may be autocast inside the model
     problem.replay({}, {}, watch)
     if difference > watch.precision ** (1 / 3):
         warnings.warn(
@@ -170,13 +173,6 @@ def _grad(
         outputs, inputs, cotangents, retain_graph, allow_unused=True, materialize_grads=True
     )
     return tuple(map(dense, gradients))
-
-
-_FUNCTION_ADVICE = (
-    " They are wrong if its backward is not its derivative, as where gradients are scaled or "
-    "reversed: write that as x*s + (x*(1-s)).detach(), or give it a jvp, or use "
-    "estimator='unrolled'."
-)
 
 
 class Estimator:
@@ -200,6 +196,7 @@ class Estimator:
         if name == "unrolled" and sharded_modules(model):
             raise ValueError("`estimator` cannot be 'unrolled' with a model of fully_shard.")
         self.name = name
+        self.ladder = Ladder()
         self._is_checked = False
 
     def __call__(self, problem: MetaProblem) -> Hypergradient:
@@ -218,7 +215,7 @@ class Estimator:
         )
         exact = product is not None
         if product is None:
-            product = difference_product(problem, tangents)
+            product = difference_product(problem, tangents, self.ladder)
         value = (problem.first.sample_shares * problem.spread(product)).detach()
         if check and exact and num_ranks() == 1:
             _warn_unless_consistent(problem, ahead.gradients, direction, value)
@@ -230,11 +227,10 @@ class Estimator:
         if self.name == "finite_difference":
             return None
         try:
-            return dual_product(problem, tangents)
-        except (NotImplementedError, RuntimeError) as error:
-            named = any(words in str(error) for words in ("forward AD", "forward mode", "jvp"))
-            if not (named or isinstance(error, NotImplementedError)):
-                raise
+            return dual_product(problem, tangents, self.ladder)
+        except NotCompiledError:
+            raise
+        except Exception as error:  # of any kind: the first forward was without
             if self.name == "forward":
                 raise NotImplementedError(
                     "The model has an operation without forward mode. Use estimator="
@@ -242,9 +238,8 @@ class Estimator:
                 ) from error
             _logger.warning(
                 "Finite differences instead of forward mode, so hypergradients are approximate "
-                "from here on: %s%s",
-                str(error).splitlines()[0],
-                _FUNCTION_ADVICE if "custom autograd.Function" in str(error) else "",
+                "from here on: %s",
+                f"{type(error).__name__}: {error}".splitlines()[0],
             )
             self.name = "finite_difference"
             return None

@@ -138,21 +138,29 @@ class MetaProblem:
         return self.forward.at(at, self._after.buffers, *meta, then)
 
     def replay(
-        self, at: Parameters, tangents: Parameters, within: AbstractContextManager[Any]
+        self,
+        at: Parameters,
+        tangents: Parameters,
+        within: AbstractContextManager[Any],
+        graph: bool = False,
     ) -> Tensor:
-        """The losses at some other θ, or with tangents: the same forward again, without a graph.
+        """The losses at some other θ, or with tangents: the same forward again, within the context.
 
-        The random state is replayed, and only the rows are seen; the model is called within the
-        context.
+        The random state is replayed, and only the rows are seen. There is no graph unless asked
+        for.
         """
         first, rows = self.first, self.rows
         inputs, target = first.batch
         if rows is not None:
             inputs, target = rows_of(inputs, rows), rows_of(target, rows)
         first.beginning.random_state.restore()
-        detached = {name: parameter.detach() for name, parameter in self.everything.items()}
+        values = {**self.everything, **(first.before or {}), **at}
+        values = {
+            name: value.detach().requires_grad_(graph and self.everything[name].requires_grad)
+            for name, value in values.items()
+        }
         return self.forward.at(
-            {**detached, **(first.before or {}), **at},
+            values,
             first.beginning.buffers,
             inputs,
             target,

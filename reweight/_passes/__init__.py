@@ -1,3 +1,11 @@
 """The user's model run again, without leaving a trace; these modules are for others."""
 
-__all__ = ["compiled", "differences", "forward", "forward_mode", "primal_cache", "snapshots"]
+__all__ = [
+    "compiled",
+    "differences",
+    "forward",
+    "forward_mode",
+    "ladder",
+    "primal_cache",
+    "snapshots",
+]

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from reweight._passes.ladder import GRADIENTS, Ladder
+
 
 class DifferenceWatch(TorchFunctionMode):
     """Notices what differences must know of the block: cuts from the graph, and low precision."""
 
-    cuts = False
-    precision = 0.0
+    def __init__(self, ladder: Ladder) -> None:
+        super().__init__()
+        self._ladder, self.cuts, self.precision = ladder, False, 0.0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -20,6 +23,8 @@ class DifferenceWatch(TorchFunctionMode):
         """Runs the function; looks at which it is, and at what it gives."""
         if func in _CUTS or (func is torch._C._set_grad_enabled and args == (False,)):
             self.cuts = True
+        if func in GRADIENTS:
+            return self._ladder.gradient(func, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
             self.precision = max(self.precision, torch.finfo(result.dtype).eps)

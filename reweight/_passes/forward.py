@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from reweight._checks import check_function
+from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.shards import placed
@@ -66,11 +67,10 @@ class ExitForward:
         if wrapped and self._model is not self._inner:
             model, hook = self._model, self._inner.register_forward_pre_hook(look, prepend=True)
         try:
-            outputs = self._outputs(model, inputs, within)
+            return self._losses(model, inputs, target, within)
         finally:
             if hook is not None:
                 hook.remove()
-        return self._losses(outputs, target, recorded=within is not None)
 
     def at(
         self,
@@ -87,13 +87,12 @@ class ExitForward:
 
         With tangents of some parameters it is one of dual numbers. What is to be done with the
         losses, gradients above all, is done by ``then``, while the parameters are in place:
-        activation checkpointing runs the model again in the backward. The model, not the loss, is
-        called ``within`` the context.
+        activation checkpointing runs the model again in the backward. Model, exits and loss are
+        called ``within`` the context, a compiled model apart.
         """
 
         def run() -> T:
-            outputs = self._outputs(self._inner, inputs, within)
-            return then(self._losses(outputs, target, recorded=within is not None))
+            return then(self._losses(self._inner, inputs, target, within))
 
         if getattr(parametrize, "_cache_enabled", 0):
             raise ValueError(
@@ -104,13 +103,11 @@ class ExitForward:
         with placed(self._inner, parameters, tangents or {}) as rest:
             return run_with(self._inner, {**copies, **rest}, run)
 
-    def _outputs(
-        self, model: nn.Module, inputs: Any, within: AbstractContextManager[Any] | None
-    ) -> Any:
+    def _outputs(self, model: nn.Module, inputs: Any) -> Any:
         try:
             if self.compiled is not None:
                 return self.compiled(inputs)
-            with within or nullcontext(), torch.compiler.set_stance("force_eager"):
+            with as_written():
                 return call(model, inputs)
         except Exception as error:
             if hasattr(error, "add_note"):  # from Python 3.11 on
@@ -118,8 +115,14 @@ class ExitForward:
                 error.add_note(f"`model` got the inputs of a batch (inputs, target): {got}.")
             raise
 
-    def _losses(self, outputs: Any, target: Any, recorded: bool) -> ExitLosses:
-        with logits_kept(recorded and self.compiled is None):
+    def _losses(
+        self, model: nn.Module, inputs: Any, target: Any, within: AbstractContextManager[Any] | None
+    ) -> ExitLosses:
+        compiled = self.compiled is not None
+        outputs = self._outputs(model, inputs) if compiled else None
+        with within or nullcontext(), logits_kept(within is not None and not compiled):
+            if not compiled:
+                outputs = self._outputs(model, inputs)
             result = self._loss(outputs if self._exits is None else self._exits(outputs), target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):

@@ -17,6 +17,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from reweight._passes.primal_cache import PrimalCache, Product, is_large_product, is_plain
+from reweight._passes.custom_functions import applied_by
+from reweight._passes.ladder import GRADIENTS, Ladder
+from reweight._passes.operations import dual, unpack
+from reweight._passes.primal_cache import (
+    PRODUCTS,
+    PrimalCache,
+    Product,
+    is_large_product,
+    is_plain,
+)
+from reweight._passes.tangent_rules import RULES
 
 
 class TangentsWithGradients(TorchFunctionMode):
@@ -43,11 +54,18 @@ class TangentsWithGradients(TorchFunctionMode):
 
 
 class _ForwardMode(TangentsWithGradients):
-    """Forward mode by the rules of this module, where they apply."""
+    """Forward mode by the rules of this module where they apply, and by the ladder's other ways."""
 
-    def __init__(self, cache: PrimalCache) -> None:
+    def __init__(self, cache: PrimalCache, ladder: Ladder) -> None:
         super().__init__()
-        self._cache = cache
+        self._cache, self._ladder = cache, ladder
+        self._handlers: dict[Any, Callable[..., Any]] = {
+            **{func: partial(self._product, func) for func in PRODUCTS},
+            **_RULES,
+            **{func: partial(ladder.gradient, func) for func in GRADIENTS},
+            F.multi_head_attention_forward: self._attention_layer,
+            **ladder.handlers(),
+        }
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -55,24 +73,34 @@ class _ForwardMode(TangentsWithGradients):
         """Runs the function, by its rule if it has one."""
         if not torch.is_grad_enabled():
             return super().__torch_function__(func, classes, args, kwargs)
-        kwargs, result = kwargs or {}, None
-        if is_large_product(func, args):
-            result = self._product(Product.of(func, *args, **kwargs))
-        elif func in _RULES:
-            result = _RULES[func](*args, **kwargs)
-        elif func is F.multi_head_attention_forward:
-            with self:
-                return _attention_layer(*args, **kwargs)
-        return func(*args, **kwargs) if result is None else result
+        kwargs = kwargs or {}
+        try:
+            if func in self._handlers:
+                result = self._handlers[func](*args, **kwargs)
+                if result is not None:
+                    return result
+            result = func(*args, **kwargs)
+        except Exception as error:
+            self._ladder.descend(func, args, kwargs, error)
+        if type(func) not in _OWN_KINDS:
+            self._ladder.require_tangents(func, args, kwargs, result)
+        return result
 
-    def _product(self, product: Product) -> Tensor | None:
+    def _attention_layer(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return _attention_layer(*args, **kwargs)
+
+    def _product(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+        if not is_large_product(func, args):
+            return None
+        product = Product.of(func, *args, **kwargs)
         if not all(map(_is_constant, product.tensors)):
             return None
         if product.func is F.linear:  # strided input would take a copy of the weight per sample
             product = product._replace(
                 tensors=(product.tensors[0].contiguous(), *product.tensors[1:])
             )
-        (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, product.tensors)
+        (x, dx), (weight, dweight), (bias, dbias) = map(unpack, product.tensors)
         if dweight is None and (dx is None or dbias is not None):
             return None
         value = self._cache.recall(product._replace(tensors=(x, weight, bias)))
@@ -81,7 +109,7 @@ class _ForwardMode(TangentsWithGradients):
         tangent = None if dweight is None else product(x, dweight, dbias)
         if dx is not None:
             tangent = _sum(tangent, product, dx, weight)
-        return value if tangent is None else _dual(value, tangent)
+        return value if tangent is None else dual(value, tangent)
 
 
 def _sum(tangent: Tensor | None, product: Product, dx: Tensor, weight: Tensor) -> Tensor:
@@ -108,7 +136,7 @@ def _batch_norm(
     tensors = (input, weight, bias)
     if not training or not all(map(_is_constant, tensors)):
         return None
-    (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, tensors)
     if dx is None or (dweight is None) != (dbias is None):
         return None
     value, mean, inverse = torch.native_batch_norm(
@@ -122,7 +150,7 @@ def _batch_norm(
         tangent += torch.native_batch_norm(
             x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
         )[0]
-    return _dual(value, tangent)
+    return dual(value, tangent)
 
 
 def _layer_norm(
@@ -138,7 +166,7 @@ def _layer_norm(
     mixed = any(each is not None and each.dtype != input.dtype for each in (weight, bias))
     if mixed or not all(map(_is_constant, tensors)):
         return None
-    (x, dx), (weight, dweight), (bias, dbias) = map(_unpack, tensors)
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, tensors)
     if dx is None or (dweight is None) != (dbias is None):
         return None
     shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
@@ -150,7 +178,7 @@ def _layer_norm(
         tangent *= weight
     if dweight is not None:
         tangent += torch.native_layer_norm(x, shape, dweight, dbias, eps)[0]
-    return _dual(value, tangent)
+    return dual(value, tangent)
 
 
 def _attention(
@@ -168,7 +196,7 @@ def _attention(
     special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled("cpu")
     if special or not all(map(_is_constant, tensors)):
         return None
-    (q, dq), (k, dk), (v, dv) = map(_unpack, tensors)
+    (q, dq), (k, dk), (v, dv) = map(unpack, tensors)
     if dq is None or dk is None or dv is None or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
@@ -187,14 +215,24 @@ def _attention(
     slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
     change = torch.ops.aten._softmax_backward_data(slope, shares, -1, shares.dtype)
     tangent = (change @ v).baddbmm_(shares, dv)
-    return _dual(mixed, tangent.view_as(mixed))
+    return dual(mixed, tangent.view_as(mixed))
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
+    **RULES,
 }
+
+_OWN_KINDS = {
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+}
+"""Of PyTorch's own functions: those that lose tangents are known by name."""
 
 _attention_layer = types.FunctionType(
     F.multi_head_attention_forward.__code__,
@@ -212,15 +250,6 @@ def _is_constant(tensor: Tensor | None) -> bool:
     return is_plain(tensor) and (tensor is None or not tensor.requires_grad)
 
 
-def _unpack(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
-    return (None, None) if tensor is None else forward_ad.unpack_dual(tensor)
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(value, tangent)
-    return dual
-
-
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention as plain operations: fused kernels have no forward mode and no double backward."""
@@ -234,9 +263,9 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def tangents_follow_gradients(cache: PrimalCache) -> Iterator[None]:
+def tangents_follow_gradients(cache: PrimalCache, ladder: Ladder) -> Iterator[None]:
     """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
-    with plain_attention(), _ForwardMode(cache):
+    with plain_attention(), _ForwardMode(cache, ladder), applied_by(ladder.apply):
         yield
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS = {
+PRODUCTS: set[Callable[..., Tensor]] = {
     F.linear,
     torch.conv1d,
     torch.conv2d,
@@ -182,7 +182,7 @@ def is_plain(tensor: Tensor | None) -> bool:
         type(tensor) in kinds
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
-        and not (tensor.is_inference() or tensor.is_neg())
+        and not (tensor.is_inference() or tensor.is_neg() or tensor.is_conj())
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -200,6 +200,7 @@ def _same_bytes(trace: _Trace | None, other: Tensor | None) -> bool:
 
 def _words(tensor: Tensor) -> Tensor:
     """The numbers of a tensor as integers, so that NaN is NaN and 0 is not −0; large for speed."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
     size = tensor.element_size()
     if dense and tensor.numel() * size % 8 == 0 == tensor.storage_offset() * size % 8:

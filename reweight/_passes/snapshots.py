@@ -9,30 +9,35 @@ from torch import Tensor, nn
 
 
 class RandomState:
-    """The state of the generators that the model may draw from, now.
+    """The state of the generators that may be drawn from, now.
 
-    Those are the global ones of PyTorch, NumPy and Python, and ``torch.Generator`` attributes of
-    the model's modules.
+    Those are the global ones of PyTorch, NumPy and Python, and those that are named.
 
     Args:
-        model: its devices are looked at.
+        devices: whose global generators are meant, besides the CPU's.
+        generators: others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {parameter.device for parameter in model.parameters()}
+    def __init__(
+        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator]
+    ) -> None:
         self._python, self._numpy = random.getstate(), np.random.get_state()
         self._cpu = torch.get_rng_state()
-        self._generators = [
-            (value, value.get_state())
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, torch.Generator)
-        ]
+        self._generators = [(generator, generator.get_state()) for generator in generators]
         self._others = {
             device: getattr(torch, device.type).get_rng_state(device)
-            for device in devices
+            for device in set(devices)
             if device.type not in ("cpu", "meta")
         }
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "RandomState":
+        """Of the model's devices, and of ``torch.Generator`` attributes of its modules."""
+        attributes = (value for module in model.modules() for value in vars(module).values())
+        return cls(
+            (parameter.device for parameter in model.parameters()),
+            [value for value in attributes if isinstance(value, torch.Generator)],
+        )
 
     def restore(self) -> None:
         """Put the generators back to where they were."""
@@ -53,7 +58,7 @@ class Beginning:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.random_state = RandomState(model)
+        self.random_state = RandomState.of(model)
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
         self._places = [
