@@ -7,7 +7,7 @@
 
 Each entry becomes a small net, which is trained for one step in float64 and in float32, in a
 process of its own. The hypergradient of that step is held to an oracle that shares no code with
-the package (``benchmarks/databases/judge.py``). What came of it:
+the package (``benchmarks/databases/oracles.py``). What came of it:
 
 exact               within 1e-9 relative in float64, within 1e-4 in float32
 inexact             within 1e-7 and 1e-2: more rounding than there need be
@@ -39,6 +39,8 @@ SWEEPS = {
     "optimizers": Sweep(optimizers.entries, optimizers.cases),
     "architectures": Sweep(architectures.entries, architectures.cases, ("torch", "transformers")),
 }
+RUNGS = ("by its backward", "by differences of that operation")
+"""How an operation without a forward rule gets its tangents, as a row's ``how`` says it."""
 
 
 def sweep_one(name: str, settings: argparse.Namespace) -> None:
@@ -55,11 +57,11 @@ def sweep_one(name: str, settings: argparse.Namespace) -> None:
         failed = {row["entry"] for row in rows if row["outcome"] != EXACT}
         entries = {n: e for n, e in entries.items() if n in failed}
     write(path, [row for row in rows if row["entry"] not in entries])
-    versions = ", ".join(f"{package} {version(package)}" for package in sweep.packages)
+    packages = ", ".join(f"{package} {version(package)}" for package in sweep.packages)
     for number, found in enumerate(
         run(sweep, entries, settings.seconds, settings.workers), start=1
     ):
-        append(path, [row | {"versions": versions} for row in found])
+        append(path, [row | {"versions": packages} for row in found])
         for row in found:
             told = row["error"] if row["outcome"] == EXACT else row["reason"]
             print(
@@ -72,23 +74,32 @@ def sweep_one(name: str, settings: argparse.Namespace) -> None:
 
 def table(results: Path) -> list[list[str]]:
     """Entries by outcome, a row for each sweep and precision; the first row names the columns."""
-    lines = [["database", "precision", "with", *reversed(OUTCOMES), "warned of, though exact"]]
+    head = ["database", "precision", "exact", *RUNGS, "exact, but warned of"]
+    lines = [[*head, *(outcome for outcome in reversed(OUTCOMES) if outcome != EXACT)]]
     for name in SWEEPS:
         rows = read(results / f"{name}.csv")
-        versions = "; ".join(sorted({row["versions"] for row in rows}))
-        for dtype in DTYPES:
+        for dtype in DTYPES if rows else ():
             mine = [row for row in rows if row["dtype"] == dtype]
+            exact = [row for row in mine if row["outcome"] == EXACT]
             found = Counter(row["outcome"] for row in mine)
-            false_alarms = sum(row["outcome"] == EXACT and row["reason"] != "" for row in mine)
-            cells = [*(found[outcome] for outcome in reversed(OUTCOMES)), false_alarms]
-            lines.append([name, dtype, versions, *map(str, cells)])
+            counts = [len(exact), *(sum(rung in row["how"] for row in exact) for rung in RUNGS)]
+            counts += [sum(row["reason"] != "" for row in exact)]
+            counts += [found[outcome] for outcome in reversed(OUTCOMES) if outcome != EXACT]
+            lines.append([name, dtype, *map(str, counts)])
     return lines
+
+
+def versions(results: Path) -> str:
+    """What the rows were made with."""
+    found = {row["versions"] for name in SWEEPS for row in read(results / f"{name}.csv")}
+    return "With " + "; ".join(sorted(found)) + ", on the CPU."
 
 
 def markdown(results: Path) -> str:
     """The table as it stands in docs/compatibility.md."""
     head, *lines = (f"| {' | '.join(line)} |" for line in table(results))
-    return "\n".join([head, "|---" * len(table(results)[0]) + "|", *lines])
+    rule = "|---" * len(table(results)[0]) + "|"
+    return "\n".join([head, rule, *lines, "", versions(results)])
 
 
 def summary(results: Path) -> str:
@@ -99,6 +110,7 @@ def summary(results: Path) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+    text += ["", versions(results)]
     for name in SWEEPS:
         rows = [row for row in read(results / f"{name}.csv") if row["outcome"] != EXACT]
         text += ["", f"{name}: what is not exact"] if rows else []

@@ -13,20 +13,13 @@ from torch import Tensor, nn
 
 import sweeps
 from databases import architectures
-from databases.judge import (
-    BAR,
-    EXACT,
-    NOT_APPLICABLE,
+from databases.judge import BAR, EXACT, NOT_APPLICABLE, REFUSED, WRONG, Case, judge, relative
+from databases.oracles import (
     NUM_SAMPLES,
-    REFUSED,
-    WRONG,
-    Case,
     Expected,
     Training,
     by_differences,
     by_rows,
-    judge,
-    relative,
     some_weights,
 )
 from databases.runner import read

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from databases.judge import NUM_SAMPLES, Case, Training
+from databases.judge import Case
+from databases.oracles import NUM_SAMPLES, Training
 
 NUM_TOKENS, NUM_LABELS, VOCABULARY = 7, 3, 64
 LAYERS, HEADS, WIDTH = 2, 4, 32

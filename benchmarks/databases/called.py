@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from databases.judge import NUM_SAMPLES, Training
+from databases.oracles import NUM_SAMPLES, Training
 
 NUM_CLASSES, NUM_FEATURES = 3, 2
 

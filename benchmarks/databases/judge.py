@@ -1,28 +1,24 @@
-"""Is the hypergradient of a step right? One training set-up is judged by two oracles.
-
-Neither shares code with the package. :func:`by_rows` needs the plain backward and nothing else:
-with SGD the update is θ̂ = θ − α·g, so that with c = ∇L_meta(θ̂) after a real step
-
-    ∂L_meta/∂w[i,k] = −α/B · ⟨ c , ∇θ l[i,k] ⟩ ,
-
-one backward for every loss. It is what *the user's backward* does, and exact for operations that
-have no second derivative too. :func:`by_differences` takes any optimizer: central differences of
-L_meta around its real step, one weight after the other.
-"""
+"""Is the hypergradient of a step right? One training set-up, held to an oracle."""
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
+from databases.oracles import (
+    NUM_SAMPLES,
+    Build,
+    Expected,
+    Training,
+    by_rows,
+    dense,
+    norm,
+    some_weights,
+)
 from reweight import MeanObjective, MetaReweightStep
 
 BAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -41,55 +37,6 @@ WRONG, UNFINISHED, REFUSED, WARNED, DIFFERENCES, INEXACT, EXACT, NOT_APPLICABLE 
 """The worst first."""
 
 
-NUM_SAMPLES = 3
-"""Of every batch."""
-
-
-class Training(NamedTuple):
-    """What a user brings to a step.
-
-    Attributes:
-        model: called with the inputs; its outputs, by way of ``exits``, are logits [B, C].
-        optimizer: any; for :func:`by_rows` SGD without momentum.
-        train: inputs and target.
-        meta: the same.
-        exits: outputs → logits.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
-    train: tuple[Any, Tensor]
-    meta: tuple[Any, Tensor]
-    exits: Callable[[Any], Tensor] = lambda outputs: outputs
-
-    def losses(self, batch: tuple[Any, Tensor]) -> Tensor:
-        """Of a batch, shape [B, 1]."""
-        inputs, target = batch
-        outputs = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
-        return F.cross_entropy(self.exits(outputs), target, reduction="none").unsqueeze(1)
-
-
-Build: TypeAlias = Callable[[torch.dtype], Training]
-"""Makes one anew, always the same, but for the precision."""
-
-
-class Expected(NamedTuple):
-    """What is right.
-
-    Attributes:
-        value: the hypergradient, shape [B, 1].
-        gradients: ``.grad`` by name, where it is known.
-        scale: what a gradient that is off by 1 would change; times the precision it is the rounding
-            of gradients of logits of about 1, and what is below that is 0.
-        precision: of the forward, which may compute in float32 whatever it is given.
-    """
-
-    value: Tensor
-    gradients: dict[str, Tensor]
-    scale: float
-    precision: torch.dtype
-
-
 @dataclass
 class Finding:
     """What came of a case.
@@ -97,7 +44,7 @@ class Finding:
     Attributes:
         outcome: one of ``OUTCOMES``.
         case: its name.
-        how: by which estimator, and which operations took another rung of the ladder.
+        how: by which estimator, and how operations without a forward rule got their tangents.
         error: of the hypergradient, relative.
         gradient_error: of ``.grad``, relative.
         double_backward: error of the package's own double backward, or why there is none.
@@ -111,74 +58,6 @@ class Finding:
     gradient_error: float | None = None
     double_backward: str = ""
     reason: str = ""
-
-
-def some_weights(num_samples: int) -> Tensor:
-    """Those of the step, between 0.5 and 1.5, shape [B, 1]."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.rand(num_samples, 1, generator=generator, dtype=torch.float64) + 0.5
-
-
-def by_rows(build: Build, dtype: torch.dtype, weights: Tensor) -> Expected:
-    """One plain backward for every loss, and one real step of SGD."""
-    training = build(dtype)
-    (group,) = training.optimizer.param_groups
-    with _Dtypes() as seen:
-        losses = training.losses(training.train)
-    parameters = dict(training.model.named_parameters())
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    rows = [
-        torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-        for loss in losses.flatten()
-    ]
-    weights = weights.to(losses)
-    (weights * losses).mean(0).sum().backward()
-    gradients = {n: _dense(p.grad) for n, p in parameters.items() if p.grad is not None}
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    training.losses(training.meta).mean(0).sum().backward()
-    slopes, share = [], group["lr"] / len(rows)
-    norms = [_norm([g for g in row if g is not None]) for row in rows]
-    scale = share * (_norm([p.grad for p in trained if p.grad is not None]) + max(norms))
-    for row in rows:
-        products = [
-            (_dense(p.grad) * _dense(g)).sum()
-            for p, g in zip(trained, row, strict=True)
-            if p.grad is not None and g is not None
-        ]
-        slopes.append(-share * sum(products, losses.new_zeros(())))
-    if not gradients:
-        raise ValueError("no parameter gets a gradient")
-    value = torch.stack(slopes).view_as(weights).detach()
-    coarsest = max(seen.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return Expected(value, gradients, scale, coarsest)
-
-
-def by_differences(build: Build, dtype: torch.dtype, weights: Tensor) -> Expected:
-    """Central differences of L_meta around a real step, of fourth order, always in float64."""
-
-    def meta_loss(weights: Tensor) -> Tensor:
-        training = build(torch.float64)
-
-        def closure() -> Tensor:
-            training.optimizer.zero_grad()
-            loss = (weights * training.losses(training.train)).mean(0).sum()
-            loss.backward()
-            return loss
-
-        closure()
-        training.optimizer.step(closure)
-        with torch.no_grad():
-            return training.losses(training.meta).mean(0).sum()
-
-    slopes, step = [], 1e-3
-    for i in range(len(weights)):
-        change = torch.zeros_like(weights)
-        change[i] = step
-        near = meta_loss(weights + change) - meta_loss(weights - change)
-        far = meta_loss(weights + 2 * change) - meta_loss(weights - 2 * change)
-        slopes.append((8 * near - far) / (12 * step))
-    return Expected(torch.stack(slopes).view_as(weights), {}, 0.0, dtype)
 
 
 @dataclass(frozen=True)
@@ -242,21 +121,6 @@ def judge(case: Case, dtype: torch.dtype) -> Finding:
     return finding
 
 
-class _Dtypes(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_function__(
-        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple) else (result,):
-            if isinstance(one, Tensor) and one.requires_grad:
-                self.dtypes.add(one.dtype.to_real())
-        return result
-
-
 class _Step(NamedTuple):
     value: Tensor
     gradients: dict[str, Tensor]
@@ -304,11 +168,13 @@ def _ours(build: Build, dtype: torch.dtype, weights: Tensor, estimator: str) -> 
     if reweighter.hypergradient is None:
         raise ArithmeticError("the update was skipped for a value that is not finite")
     gradients = {
-        n: _dense(p.grad) for n, p in training.model.named_parameters() if p.grad is not None
+        n: dense(p.grad) for n, p in training.model.named_parameters() if p.grad is not None
     }
     own = [str(one.message) for one in caught if "ypergradients are" in str(one.message)]
-    told = "; ".join([*own, *heard.lines])
-    return _Step(reweighter.hypergradient, gradients, step.estimator, told)
+    ladder = [f"{name} {rung.value}" for name, rung in step._estimator.ladder.ways.items()]
+    how = ", ".join([step.estimator, *ladder])
+    told = "; ".join([*own, *(heard.lines if step.estimator == "finite_difference" else ())])
+    return _Step(reweighter.hypergradient, gradients, how, told)
 
 
 class _Log(logging.Handler):
@@ -334,17 +200,7 @@ def _gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor], floor
         (found[name] if name in found else torch.zeros_like(gradient)) - gradient
         for name, gradient in expected.items()
     ]
-    return _norm(differences) / max(_norm([*expected.values()]), floor)
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(_dense(tensor).norm().item() ** 2 for tensor in tensors))
-
-
-def _dense(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    tensor = tensor.detach()
-    return tensor.to_dense() if tensor.is_sparse else tensor.clone()
+    return norm(differences) / max(norm([*expected.values()]), floor)
 
 
 def _told(error: Exception) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from databases.called import Called, training_of
-from databases.judge import Case, Training
+from databases.judge import Case
 from databases.ops import COMPLEX, spread
+from databases.oracles import Training
 
 FIXED_TARGET = ("nn.BCELoss", "nn.KLDivLoss", "nn.SoftMarginLoss")
 """Losses whose target has no derivative, or may not leave an interval."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from databases.called import Called, training_of
-from databases.judge import Case, Training
+from databases.judge import Case
+from databases.oracles import Training
 
 MAX_SAMPLES = 4
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from databases.called import NUM_CLASSES
-from databases.judge import NUM_SAMPLES, Case, Training, by_differences
+from databases.judge import Case
+from databases.oracles import NUM_SAMPLES, Training, by_differences
 
 WIDTH, NUM_WARM_UP_STEPS = 4, 3
 BAR = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -57,6 +57,7 @@ def rows_of(sweep: Sweep, name: str, entry: Any) -> Iterator[Row]:
         if not findings:
             findings = [Finding(NOT_APPLICABLE, "", reason="no sample that can be trained")]
         worst = min(findings, key=_badness)
+        worst.how = "; ".join(sorted({one.how for one in findings if one.how}))
         applicable = sum(one.outcome != NOT_APPLICABLE for one in findings)
         yield _row(name, dtype_name, worst, f"{applicable} of {len(findings)}")
 
