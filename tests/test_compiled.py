@@ -200,6 +200,15 @@ class Wrapped(nn.Module):
         return self.out(self.net(self.function(nn.functional.dropout(x, 0.2))))
 
 
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Boxed:
     def __init__(self, logits: list[Tensor]) -> None:
         self.logits = logits
@@ -233,6 +242,56 @@ def test_what_does_not_compile_runs_uncompiled(function, out, exits, through, ca
     assert [line.split(":")[0] for line in logged(caplog)] == [
         "The model runs uncompiled from here on"
     ]
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+@torch.library.custom_op("reweight_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Ruled(torch.autograd.Function):
+    """A backward, and a jvp, that are not the derivative of the forward."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * tangent
+
+
+@needs_it
+@pytest.mark.parametrize(
+    "function", [lambda x: doubled(x), Ruled.apply], ids=["custom operation", "custom jvp"]
+)
+def test_what_loses_its_tangents_in_compiled_code_runs_uncompiled(function, caplog) -> None:
+    def set_up(compile: bool):
+        torch.manual_seed(0)
+        model = make_model("mlp")
+        model.blocks[1].append(Lambda(function))
+        optimizer = SGD(model.parameters(), lr=0.1)
+        return (torch.compile(model, backend="aot_eager") if compile else model), optimizer
+
+    _, expected = steps(*set_up(False), "mlp")
+    with caplog.at_level(logging.WARNING, "reweight"):
+        step, found = steps(*set_up(True), "mlp")
+    assert step._forward.compiled is None
+    assert step.estimator == "auto"
+    assert ["would not have the tangents" in line for line in logged(caplog)] == [True]
     assert_same(found, expected, rtol=0, atol=0)
 
 

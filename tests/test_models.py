@@ -752,6 +752,66 @@ def test_differences_see_low_precision_inside_the_model() -> None:
     assert (near - exact).norm() < 0.2 * exact.norm()
 
 
+def teacher_without_gradient(outputs: list[Tensor], target: Tensor) -> Tensor:
+    with torch.no_grad():
+        soft = outputs[-1].softmax(1)
+    losses = [F.cross_entropy(z, target, reduction="none") for z in outputs]
+    return torch.stack(losses, 1) + F.cross_entropy(outputs[0], soft, reduction="none").unsqueeze(1)
+
+
+def teacher_by_inference(outputs: list[Tensor], target: Tensor) -> Tensor:
+    with torch.inference_mode():
+        soft = outputs[-1].softmax(1).exp()
+    losses = [F.cross_entropy(z, target, reduction="none") for z in outputs]
+    return torch.stack(losses, 1) * soft[:, :1].clone()
+
+
+def scaled_by_a_constant_gradient(outputs: list[Tensor], target: Tensor) -> Tensor:
+    losses = torch.stack([F.cross_entropy(z, target, reduction="none") for z in outputs], 1)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(losses.sum(), outputs[0], retain_graph=True)
+    return losses * (1 + slope.norm(dim=1, keepdim=True))
+
+
+def custom_loss(outputs: list[Tensor], target: Tensor) -> Tensor:
+    losses = [F.cross_entropy(z, target, reduction="none") for z in outputs]
+    return custom_square(torch.stack(losses, 1)) + Square.apply(losses[0]).unsqueeze(1)
+
+
+def exits_without_gradient(outputs: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        scale = outputs[1].norm()
+    return [outputs[0] / scale, outputs[1]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": teacher_without_gradient},
+        {"loss": teacher_by_inference},
+        {"loss": scaled_by_a_constant_gradient},
+        {"loss": custom_loss},
+        {"exits": exits_without_gradient},
+    ],
+    ids=lambda options: next(iter(options.values())).__name__,
+)
+def test_exits_and_loss_are_in_the_context_of_the_model(options) -> None:
+    found, expected = (
+        hypergradient(lambda: net(linear(), linear()), estimator=estimator, **options)
+        for estimator in ("forward", "unrolled")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)  # rounding
+
+
+@pytest.mark.filterwarnings("ignore:The model cuts tensors")
+def test_finite_differences_give_gradients_within_the_forward_their_graph() -> None:
+    found, expected = (
+        hypergradient(lambda: net(linear(), Calls(penalised)), estimator=estimator)
+        for estimator in ("finite_difference", "unrolled")
+    )
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_cached_parametrizations_are_refused() -> None:
     model, optimizer, train, meta = set_up(ROWS["weight_norm"])
     step = MetaReweightStep(model, optimizer, Fixed(torch.rand(8, 2).double()))

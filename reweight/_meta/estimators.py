@@ -21,10 +21,9 @@ from reweight._checks import check_choice
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
-from reweight._passes.compiled import NotCompiledError
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
-from reweight._passes.ladder import Ladder
+from reweight._passes.ladder import Ladder, NotCompiledError
 from reweight._ranks.collectives import num_ranks, sums_over_ranks
 from reweight._ranks.shards import is_sharded, sharded_modules, whole
 from reweight.losses import ExitLosses
@@ -45,6 +44,13 @@ def dual_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> 
         # None where the losses move with nothing that the meta loss moves with.
         return torch.zeros_like(value) if tangent is None else tangent.detach()
 
+    forward = problem.forward
+    if forward.compiled is not None and not ladder.has_seen_uncompiled:
+        compiled, forward.compiled = forward.compiled, None
+        try:
+            ladder.require_compilable(product)
+        finally:
+            forward.compiled = compiled
     return ladder.run(product)
 
 
@@ -64,7 +70,15 @@ def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladde
 
     def losses_at(distance: Tensor) -> Tensor:
         at = {n: problem.first.moved[n].detach() + distance * v for n, v in tangents.items()}
-        return ladder.run(lambda: problem.replay(at, {}, watch, ladder.needs_graph))
+        try:
+            return ladder.run(lambda: problem.replay(at, {}, watch, ladder.needs_graph))
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(
+                    "Finite differences run the forward again, without a graph, where it failed. "
+                    "Use estimator='unrolled' if it needs one."
+                )
+            raise
 
     def difference(precision: float) -> Tensor:
         step = precision ** (2 / 3) * lengths[0] / lengths[1]

@@ -19,13 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from reweight._passes.forward import call
 from reweight._passes.forward_mode import TangentsWithGradients, plain_attention
 from reweight._passes.functional import by_place, run_with
+from reweight._passes.ladder import NotCompiledError
 
 _logger = logging.getLogger("reweight")
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class NotCompiledError(Exception):
-    """A pass that was to run compiled cannot."""
 
 
 class CompiledModel:

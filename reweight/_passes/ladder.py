@@ -54,6 +54,10 @@ class NoTangentError(NotImplementedError):
     """An operation has no forward mode, and none of the ladder's other ways works for it."""
 
 
+class NotCompiledError(Exception):
+    """A pass that was to run compiled cannot."""
+
+
 class _Restart(BaseException):
     """The pass has to begin anew, for what it did last is half done; not for the model to catch."""
 
@@ -99,11 +103,13 @@ class Ladder:
     Attributes:
         ways: how the operations without forward rule got their tangents in the last pass, by name.
         needs_graph: whether parameters need a graph: the model takes gradients in its forward.
+        has_seen_uncompiled: whether it was asked if the model may run compiled.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, Rung] = {}
-        self.needs_graph = False
+        self.needs_graph = self.has_seen_uncompiled = False
+        self._rules: set[str] = set()  # forward rules of custom Functions
         self._rungs: dict[Any, Rung] = dict.fromkeys(_NOT_BY_FORWARD_MODE, Rung.BACKWARD)
         self._told: dict[str, Rung] = {}
         self._cut: str | None = None  # what later gradients have no tangents through
@@ -122,6 +128,14 @@ class Ladder:
             self._told |= self.ways
             return result
         raise NoTangentError("New operations without forward mode come with every pass.")
+
+    def require_compilable(self, forward: Callable[[], Any]) -> None:
+        """Look once at an uncompiled pass: the compiler drops tangents and rules without a word."""
+        self.has_seen_uncompiled = True
+        self.run(forward)
+        if self.ways or self._rules:
+            names = ", ".join(sorted(self.ways.keys() | self._rules))
+            raise NotCompiledError(f"Compiled code would not have the tangents of {names}.")
 
     def handlers(self) -> dict[Any, Callable[..., Any]]:
         """Operation → its call, of those that have gone down."""
@@ -157,6 +171,8 @@ class Ladder:
             self._rungs.setdefault(key, Rung.BACKWARD)
         if key in self._rungs:
             return self._call(key, apply, *args)
+        if not key.startswith("reweight."):
+            self._rules.add(key)
         try:
             return apply(*args)
         except Exception as error:
