@@ -91,8 +91,9 @@ def table(results: Path) -> list[list[str]]:
 
 def versions(results: Path) -> str:
     """What the rows were made with."""
-    found = {row["versions"] for name in SWEEPS for row in read(results / f"{name}.csv")}
-    return "With " + "; ".join(sorted(found)) + ", on the CPU."
+    rows = [row for name in SWEEPS for row in read(results / f"{name}.csv")]
+    found = {package for row in rows for package in row["versions"].split(", ")}
+    return f"With {', '.join(sorted(found))}, on the CPU."
 
 
 def markdown(results: Path) -> str:

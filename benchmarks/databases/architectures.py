@@ -62,9 +62,11 @@ SIZE_OF = {name: size for size, names in SMALL.items() for name in names.split()
 DERIVED = ("head_dim", "num_key_value_heads")
 """Sizes that follow from others where they are not given, but not everywhere."""
 SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": HEADS},
+    "esm": {"vocab_size": VOCABULARY},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"languages": ["en"], "default_language": "en"},
 }
 
@@ -113,6 +115,10 @@ def small_config(config_class: Any, **more: Any) -> Any:
             options.update(_small_list(name, list(value)))
         elif name in ("mrope_section", "layer_types", "mlp_layer_types"):
             continue
+    heads = written.get("num_attention_heads")
+    if heads is not None and written.get("num_key_value_heads") == heads:
+        # Not shared by several, which some rely on.
+        options["num_key_value_heads"] = options["num_attention_heads"]
     more = {**SPECIAL.get(default.model_type, {}), **more}
     return config_class(**{**options, **more})
 
@@ -145,7 +151,7 @@ def _training(architecture: Architecture, dtype: torch.dtype) -> Training:
     config = small_config(model_class.config_class, num_labels=NUM_LABELS)
     for token, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         setattr(config, name, token)
-    config.use_cache = False
+    config.use_cache, config.decoder_start_token_id = False, 0
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the default has no float64 at all
     model = model_class(config).to(dtype).train()

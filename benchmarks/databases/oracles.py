@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 NUM_SAMPLES = 3
 """Of every batch."""
@@ -79,8 +78,8 @@ def by_rows(build: Build, dtype: torch.dtype, weights: Tensor) -> Expected:
     """One plain backward for every loss, and one real step of SGD."""
     training = build(dtype)
     (group,) = training.optimizer.param_groups
-    with _Dtypes() as seen:
-        losses = training.losses(training.train)
+    losses = training.losses(training.train)
+    precision = _precision(losses)
     parameters = dict(training.model.named_parameters())
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     rows = [
@@ -106,8 +105,7 @@ def by_rows(build: Build, dtype: torch.dtype, weights: Tensor) -> Expected:
     if not gradients:
         raise ValueError("no parameter gets a gradient")
     value = torch.stack(slopes).view_as(weights).detach()
-    coarsest = max(seen.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return Expected(value, gradients, scale, coarsest)
+    return Expected(value, gradients, scale, precision)
 
 
 def by_differences(build: Build, dtype: torch.dtype, weights: Tensor) -> Expected:
@@ -137,19 +135,16 @@ def by_differences(build: Build, dtype: torch.dtype, weights: Tensor) -> Expecte
     return Expected(torch.stack(slopes).view_as(weights), {}, 0.0, dtype)
 
 
-class _Dtypes(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_function__(
-        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple) else (result,):
-            if isinstance(one, Tensor) and one.requires_grad:
-                self.dtypes.add(one.dtype.to_real())
-        return result
+def _precision(losses: Tensor) -> torch.dtype:
+    """The coarsest that anything between the parameters and the losses was computed in."""
+    waiting, seen, dtypes = [losses.grad_fn], set(), {losses.dtype}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            dtypes |= {output.dtype.to_real() for output in node._input_metadata}
+            waiting += [before for before, _ in node.next_functions]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def norm(tensors: list[Tensor]) -> float:
