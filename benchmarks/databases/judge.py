@@ -1,11 +1,13 @@
 """Is the hypergradient of a step right? One training set-up, held to an oracle."""
 
 import logging
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,8 @@ def judge(case: Case, dtype: torch.dtype) -> Finding:
     def build(dtype: torch.dtype) -> Training:
         torch.manual_seed(0)
         training = case.build(dtype)
-        torch.manual_seed(1)  # what the forwards draw
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # what the forwards draw
+            seed(1)
         return training
 
     try:
