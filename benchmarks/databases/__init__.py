@@ -1,0 +1,1 @@
+"""What others wrote, as entries of a sweep: operations, modules, optimizers, architectures."""
