@@ -9,11 +9,13 @@ first step.
     python benchmarks/step_cost.py            # the table; about 40 minutes on two cores
     python benchmarks/step_cost.py --nets conv --optimizers sgd --rounds 3      # 2 minutes
     python benchmarks/step_cost.py --profile  # where the time of a step goes; about 3 minutes
+    python benchmarks/step_cost.py --compare HEAD~3    # here over there, in turns, with quartiles
 
 ``pytest benchmarks/test_peers.py`` asserts that the contestants train the same.
 """
 
 import argparse
+from itertools import product
 
 import torch
 
@@ -22,6 +24,7 @@ from measure import median_ratios, peak_memory, peak_of, seconds_by_turns
 from nets import NETS, OPTIMIZERS, TINY_NETS
 from peers import PEERS
 from phases import print_profile
+from revisions import print_comparison
 
 NOTES = {
     "published recipe": "a, b",
@@ -72,9 +75,16 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--compare", metavar="REVISION", help="time over that of another revision")
     settings = parser.parse_args()
     names = ["plain", *(name for name in settings.contestants if name != "plain")]
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; plain step = 1")
+    threads = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+    if settings.compare:
+        print(f"{threads}; a step at {settings.compare} = 1, median (quartiles)")
+        for net, optimizer in product(settings.nets, settings.optimizers):
+            print_comparison(settings.compare, net, optimizer, "ours, forward", settings.rounds)
+        return
+    print(f"{threads}; plain step = 1")
     if not settings.profile:
         print(f"{'net':>7} {'':>6}  {'':<33} {'time':>5} {'of peer':>8} {'peak memory':>12}  notes")
     for net in settings.nets:

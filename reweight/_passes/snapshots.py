@@ -47,8 +47,9 @@ class RandomState:
 class Beginning:
     """What a forward begins with and may change, now.
 
-    Those are the buffers, the random state, and what modules keep in plain attributes: their
-    ``torch.Generator`` objects, tensors, containers and whatever else stands there.
+    Those are the buffers, the random state, what modules keep in plain attributes (their
+    ``torch.Generator`` objects, tensors, containers and whatever else stands there), and with these
+    their hooks and submodules: some are set up by the first forward, which notes so in a flag.
 
     Args:
         model: looked at now.
@@ -64,12 +65,15 @@ class Beginning:
         self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
+        self._structure: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         for module in model.modules():
             self._places += [
                 (module, name, buffer, values[id(buffer)])
                 for name, buffer in module._buffers.items()
                 if buffer is not None
             ]
+            parts = (vars(module).get(name) for name in _STRUCTURE)
+            self._structure += [(part, part.copy()) for part in parts if part is not None]
             plain = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
             self._attributes.append((module, plain))
             self._contents += [
@@ -88,6 +92,10 @@ class Beginning:
             held.update(plain)
         for value, contents in self._contents:
             _put_back(value, contents)
+        for part, before in self._structure:
+            if part != before:
+                part.clear()
+                part.update(before)
 
     def restore(self) -> None:
         """All of it as it was.
@@ -102,6 +110,11 @@ class Beginning:
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
+_STRUCTURE = [
+    name
+    for name in _OF_EVERY_MODULE
+    if name == "_modules" or name.startswith(("_forward_", "_backward_"))
+]
 
 
 def _contents(value: Any) -> Any:
