@@ -77,8 +77,8 @@ class MetaReweightStep:
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the optimizer's step has no derivative, the model is parallel otherwise, or an
-            argument is of another type.
+        TypeError: the model is parallel otherwise, an argument is of another type, or, at the first
+            update, the step of the optimizer has no derivative.
         ValueError: an argument is out of range, or another on another rank.
 
     Example:

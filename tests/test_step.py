@@ -750,7 +750,9 @@ def test_optimizer_of_another_model_is_named() -> None:
 
 def test_unknown_optimizer_is_named() -> None:
     model = make_model("mlp")
-    with pytest.raises(TypeError, match="got Rprop"):
-        MetaReweightStep(model, torch.optim.Rprop(model.parameters()), SampleReweighter(3))
+    step = MetaReweightStep(model, torch.optim.Rprop(model.parameters()), SampleReweighter(3))
+    with pytest.raises(TypeError, match="got Rprop: its step follows the signs"):
+        step.backward(make_batch("mlp"), make_batch("mlp", seed=2))
+    assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(TypeError, match="got str"):
         MetaReweightStep(model, "sgd", SampleReweighter(3))
