@@ -6,7 +6,7 @@ with c = ∇L_meta(θ̂) and v = (∂U/∂gradient)ᵀ c ::
     ∂L_meta/∂w[i,k] = mean's share of i · ⟨ v , ∇θ l[i,k] ⟩
 
 for all i,k at once: one Jacobian–vector product of θ ↦ l. The identity is that of L2RW (Ren et al.,
-ICML 2018) and Meta-Weight-Net; its forward-mode form is used by PDS (Gu et al., ICLR 2025).
+ICML 2018) and Meta-Weight-Net; its forward-mode form that of EMLC (Taraday and Baskin, ICCV 2023).
 """
 
 import logging
