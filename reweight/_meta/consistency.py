@@ -41,7 +41,7 @@ def both_ways(
             dot = dot - torch.dot(tangent, _flat(before))
         dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = get_total_norm(tangents.values()) * get_total_norm(ahead.values())
+    norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
     sums = torch.stack(dots)
     sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
