@@ -13,8 +13,8 @@ from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
 from reweight._checks import kind
-from reweight._optimizers.recorded_update import why_not
 from reweight._optimizers.rules import Group
+from reweight._optimizers.scalars import Refused
 from reweight._ranks.shards import is_sharded, parameters_of
 
 _logger = logging.getLogger("reweight")
@@ -160,6 +160,27 @@ def check_differentiable(optimizer: AnyOptimizer, exactness: Exactness = "exact"
     if closure is not None and closure.default is Parameter.empty:
         reason = "its step evaluates the loss itself, by a closure"
         raise TypeError(why_not(optimizer, reason))
+
+
+def why_not(optimizer: optim.Optimizer, error: Exception | str) -> str:
+    """What to say, and what to do, where the step of an optimizer cannot be differentiated."""
+    reason = str(error)
+    if isinstance(error, Exception) and not isinstance(error, Refused):
+        reason = f"its step raises {type(error).__name__}: {reason}"
+    advice = (
+        "Pass pseudo_update='gradient_descent' to take a plain gradient step for it, which is an "
+        "approximation."
+    )
+    base = getattr(optimizer, "base_optimizer", None)
+    if isinstance(base, optim.Optimizer):
+        advice = (
+            "Pass its `base_optimizer`, and call step.update_reweighter before its two passes: "
+            "docs/recipes.md shows it."
+        )
+    return (
+        "`optimizer` must have a step that can be differentiated, got "
+        f"{type(optimizer).__name__}: {reason.rstrip('.')}. {advice}"
+    )
 
 
 def is_cold(optimizer: AnyOptimizer) -> bool:

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, optim
 
+from reweight._optimizers.accepted import why_not
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
-from reweight._optimizers.scalars import Refused
 from reweight._optimizers.verification import kinds, verify
 from reweight._ranks.shards import local, shard_like
 
@@ -56,27 +56,6 @@ def by_recording(
     except Exception as error:
         raise TypeError(why_not(optimizer, error)) from error
     return {key: cut.of_parameter(p, gradients[key]) for key, p in moved.items()}
-
-
-def why_not(optimizer: optim.Optimizer, error: Exception | str) -> str:
-    """What to say, and what to do, where the step of an optimizer cannot be differentiated."""
-    reason = str(error)
-    if isinstance(error, Exception) and not isinstance(error, Refused):
-        reason = f"its step raises {type(error).__name__}: {reason}"
-    advice = (
-        "Pass pseudo_update='gradient_descent' to take a plain gradient step for it, which is an "
-        "approximation."
-    )
-    base = getattr(optimizer, "base_optimizer", None)
-    if isinstance(base, optim.Optimizer):
-        advice = (
-            "Pass its `base_optimizer`, and call step.update_reweighter before its two passes: "
-            "docs/recipes.md shows it."
-        )
-    return (
-        "`optimizer` must have a step that can be differentiated, got "
-        f"{type(optimizer).__name__}: {reason.rstrip('.')}. {advice}"
-    )
 
 
 class _Cut:
