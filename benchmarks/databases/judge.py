@@ -165,15 +165,17 @@ def _ours(build: Build, dtype: torch.dtype, weights: Tensor, estimator: str) -> 
                 estimator=estimator,
                 exits=training.exits,
             )
-            step.backward(training.train, training.meta)
+            result = step.backward(training.train, training.meta)
     finally:
         logger.removeHandler(heard)
+    if result.hypergradient_norm == 0:  # and so no update
+        reweighter.hypergradient = torch.zeros_like(reweighter.weights)
     if reweighter.hypergradient is None:
         raise ArithmeticError("the update was skipped for a value that is not finite")
     gradients = {
         n: dense(p.grad) for n, p in training.model.named_parameters() if p.grad is not None
     }
-    own = [str(one.message) for one in caught if "ypergradients are" in str(one.message)]
+    own = [str(one.message) for one in caught if "ypergradients" in str(one.message)]
     ladder = [f"{name} {rung.value}" for name, rung in step._estimator.ladder.ways.items()]
     how = ", ".join([step.estimator, *ladder])
     told = "; ".join([*own, *(heard.lines if step.estimator == "finite_difference" else ())])
