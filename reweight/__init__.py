@@ -10,6 +10,7 @@ from reweight.budget import (
     find_thresholds,
 )
 from reweight.costs import exit_costs
+from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy, linear_exit_cross_entropy
 from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
 from reweight.result import StepResult
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetPoint",
     "BudgetedObjective",
+    "DirectWeights",
     "ExitLosses",
     "MeanObjective",
     "MetaLoss",

@@ -19,6 +19,7 @@ class Update(NamedTuple):
             finite, on any rank, and whether the reweighter would have come to, shape [4], bool.
         num_zero_moments: entries of the pseudo update with no derivative, taken as 0.
         difference: how far the two ways to what the weights do are apart, scalar, or None.
+        hypergradient: ∂L_meta/∂w of this rank's samples, shape [B, K].
         undo: puts the reweighter and its optimizer back.
     """
 
@@ -27,6 +28,7 @@ class Update(NamedTuple):
     nonfinite: Tensor
     num_zero_moments: Tensor | int
     difference: Tensor | None
+    hypergradient: Tensor
     undo: Callable[[], None]
 
 
@@ -52,6 +54,9 @@ class StepResult(NamedTuple):
             relative difference of Σ w·∂L_meta/∂w and ⟨v, ∇L_tr⟩, which are equal; scalar, or None
             where there was no update, or one of some rows of the train batch alone. Rounding, or
             the step warns.
+        hypergradient: ∂L_meta/∂w at the weights before the update, shape [B, K], negative where
+            more weight lowers the meta loss; of the samples of ``losses``, but for ``lagged``
+            without a meta batch, where it is of those of the call before. None without an update.
     """
 
     losses: ExitLosses
@@ -63,6 +68,7 @@ class StepResult(NamedTuple):
     nonfinite: Tensor | None = None
     num_zero_moments: Tensor | int = 0
     backward_difference: Tensor | None = None
+    hypergradient: Tensor | None = None
 
     def summary(self) -> str:
         """One line for a log; waits for the device."""
@@ -123,4 +129,5 @@ class StepResult(NamedTuple):
             update.nonfinite,
             update.num_zero_moments,
             update.difference,
+            update.hypergradient,
         )

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight._checks import check_flag, check_positive
+from reweight._meta.direct import learner_of
 from reweight._meta.estimators import Estimator
-from reweight._meta.learner import ReweighterLearner
 from reweight._meta.lookahead import Lookahead
 from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
@@ -23,8 +23,9 @@ from reweight._ranks.collectives import joined, num_ranks
 from reweight._ranks.shards import begin_anew, parameters_of, sharded_modules
 from reweight._ranks.wrappers import averages, is_unsettled, unwrap
 from reweight.batches import Batch, unpack
+from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy
-from reweight.objectives import BudgetedObjective, Objective
+from reweight.objectives import Objective
 from reweight.result import StepResult, Update
 from reweight.reweighter import SampleReweighter
 
@@ -46,10 +47,10 @@ class MetaReweightStep:
             parameters; read at every step, never changed. A class without a rule here has its own
             ``step`` recorded, and verified at its first use. A bare gradient transformation of
             torchopt gets an optimizer: ``step.optimizers[0]``.
-        reweighter: g, with the model's number of exits.
+        reweighter: g, with the model's number of exits; or :class:`DirectWeights`.
         reweighter_optimizer: moves the reweighter. Default: AdamW, learning rate and weight decay
             1e-4 as published; the rate of the sigmoid form is 1e-3 times the interval, up to 1e-2.
-        objective: the meta loss. Default ``BudgetedObjective()``.
+        objective: the meta loss. Default ``BudgetedObjective()``, of direct weights the mean.
         interval: update the reweighter at every interval-th call of ``backward``, accumulating
             ones too, from the first on. Default 1 (published: 1 CIFAR, 100 ImageNet).
         estimator: "forward" (exact, a forward-mode pass), "finite_difference" (approximate),
@@ -69,9 +70,8 @@ class MetaReweightStep:
             the memory of a plain step, for one more forward; the same results. Default False.
         lagged: train first and learn from that step: saves a backward, or without a meta batch a
             meta pass as well, and what is learned acts one step later. Default False.
-        train_fraction: the share of the train batch, drawn anew at each update, whose weights are
-            learned from; the losses have the samples first. Faster and noisier; unbiased but for
-            batch statistics and masks of dropout. Default 1.
+        train_fraction: the share of the train batch, drawn anew, that an update learns from; losses
+            have the samples first. Noisier, unbiased but for BatchNorm and dropout. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
             also to the norm that is clipped, is left out. Default: all of them.
 
@@ -93,7 +93,7 @@ class MetaReweightStep:
         self,
         model: nn.Module,
         optimizer: AnyOptimizer | GradientTransformation | Sequence[AnyOptimizer],
-        reweighter: SampleReweighter,
+        reweighter: SampleReweighter | DirectWeights,
         *,
         reweighter_optimizer: Optimizer | None = None,
         objective: Objective | None = None,
@@ -117,7 +117,7 @@ class MetaReweightStep:
         self.model, self.reweighter, self.lean, self.lagged = model, reweighter, lean, lagged
         self.optimizers = as_optimizers(optimizer, list(model.parameters()))
         learning = reweighter_optimizer, interval, clip_hypergradient
-        self._learner = ReweighterLearner(reweighter, *learning)
+        self._learner = learner_of(reweighter, *learning, lagged=lagged)
         self.reweighter_optimizer = self._learner.optimizer
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
@@ -126,7 +126,7 @@ class MetaReweightStep:
             model=self._inner,
             forward=self._forward,
             optimizers=self.optimizers,
-            objective=BudgetedObjective() if objective is None else objective,
+            objective=self._learner.default_objective() if objective is None else objective,
             exactness=pseudo_update,
             clip_grad_norm=clip_grad_norm,
             scaler=scaler,
@@ -279,8 +279,8 @@ class MetaReweightStep:
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
         after, weights = Beginning(self._inner), self._learner.ahead(first.losses)
-        seed = self._learner.num_updates
-        problem = self._lookahead.problem(first, meta, weights, seed)
+        problem = self._lookahead.problem(first, meta, weights, self._learner.num_updates)
+        problem.begins_at_zero = self._learner.begins_at_zero
         owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
         with owned.taken_away():  # a backward within the model's own may add to them
             hypergradient = self._estimator(problem)

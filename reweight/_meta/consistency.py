@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from reweight._meta.problem import MetaProblem
+from reweight._meta.problem import Known, MetaProblem
 from reweight._optimizers.accepted import Parameters
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
@@ -19,25 +19,27 @@ from reweight._ranks.collectives import gather, num_ranks
 from reweight._ranks.shards import local, num_copies
 
 
-def both_ways(
-    problem: MetaProblem, gradients: Parameters, direction: Parameters, value: Tensor
-) -> Tensor:
+def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
     """This rank's part of both sums and of the size of their terms, shape [3].
 
     Args:
-        problem: its weights are w.
-        gradients: what the optimizer's next step sees, by name.
+        problem: of this step.
+        known: w, and the gradient that comes of it.
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = problem.weights * value
+    terms = known.weights * value
     tangents = {name: _flat(tangent) for name, tangent in direction.items()}
-    ahead = {name: _flat(gradients[name]) for name in direction}
+    # A parameter that only another rank's losses reach has no gradient of its own here.
+    ahead = {
+        name: _flat(known.gradients.get(name, torch.zeros_like(tangent)))
+        for name, tangent in direction.items()
+    }
     dots = []
     for name, tangent in tangents.items():
         dot = torch.dot(tangent, ahead[name])
-        if name in problem.first.accumulated:  # which is no part of the gradient of L_tr
-            before = problem.unscaled(problem.first.accumulated[name])
+        if name in known.accumulated:  # which is no part of the gradient of L_tr
+            before = problem.unscaled(known.accumulated[name])
             dot = dot - torch.dot(tangent, _flat(before))
         dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reweight._checks import check_choice
 from reweight._meta.consistency import Check, both_ways
-from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
+from reweight._meta.problem import Hypergradient, Known, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.pseudo_update import PseudoUpdate
 from reweight._passes.differences import DifferenceWatch
@@ -116,7 +116,8 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     sources = [weights, *gradients.values()]
     value, *tangents = _grad([ahead.parameters[n] for n in gradients], sources, cotangents)
     direction = dict(zip(gradients, sums_over_ranks(tangents), strict=True))
-    parts = both_ways(problem, gradients, direction, value)
+    known = Known(weights, gradients, problem.first.accumulated)
+    parts = both_ways(problem, known, direction, value)
     return Hypergradient(value, meta_loss, ahead.num_zero_moments, parts)
 
 
@@ -221,7 +222,7 @@ class Estimator:
             if product is None:
                 product = difference_product(problem, tangents, self.ladder)
             value = (problem.first.sample_shares * problem.spread(product)).detach()
-            return value, both_ways(problem, ahead.gradients, v, value)
+            return value, both_ways(problem, problem.known, v, value)
 
         value, parts = estimated(direction)
         found = Hypergradient(value, meta_loss, ahead.num_zero_moments)

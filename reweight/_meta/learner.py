@@ -1,7 +1,7 @@
 """Learning the reweighter: what its weights, its optimizer and a hypergradient make of it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from reweight._optimizers.accepted import AnyOptimizer, is_cold
 from reweight._ranks.collectives import gather, joined, require_same, sums_by_name
 from reweight._ranks.wrappers import unwrap
 from reweight.losses import ExitLosses
+from reweight.objectives import BudgetedObjective, Objective
 from reweight.result import Update
 
 
@@ -33,6 +34,9 @@ class ReweighterLearner:
             argument is of another type.
         ValueError: the optimizer holds something else, or a number is out of range.
     """
+
+    default_objective: Callable[[], Objective] = BudgetedObjective
+    begins_at_zero = False  # the look-ahead, in its weights
 
     def __init__(
         self,
@@ -84,7 +88,12 @@ class ReweighterLearner:
 
     def ahead(self, losses: ExitLosses) -> Tensor:
         """The weights w = g(l) of the step that the look-ahead takes, shape [B, K]."""
-        weights: Tensor = self.reweighter(losses._replace(losses=losses.losses.detach()))
+        return self._checked(losses)
+
+    def _checked(self, losses: ExitLosses, *hypergradient: Tensor) -> Tensor:
+        """What the reweighter gives, which has the shape of the losses."""
+        losses = losses._replace(losses=losses.losses.detach())
+        weights: Tensor = self.reweighter(losses, *hypergradient)
         if weights.shape != losses.losses.shape:
             raise ValueError(
                 f"`reweighter` must return weights of the shape of the losses, "
@@ -95,18 +104,10 @@ class ReweighterLearner:
     def learn(self, losses: ExitLosses, weights: Tensor, hypergradient: Hypergradient) -> Update:
         """Θg ← Θg − β ∂L_meta/∂Θg, unless something is not finite or would come to be so."""
         assert self.optimizer is not None
-        value = hypergradient.value
-        values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        bad = [~each.isfinite().all() for each in values]
-        # From every rank, so that all clip alike, and all skip or none does.
-        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
-        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
-        difference = relative_difference(every[:, 5:]) if told else None
-        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
-        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
-        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
+        update, ok = self._report(losses, hypergradient)
+        value, nonfinite = update.hypergradient, update.nonfinite
         if self.clip_hypergradient is not None:
-            value = value * (self.clip_hypergradient / norm).clamp(max=1)
+            value = value * (self.clip_hypergradient / update.hypergradient_norm).clamp(max=1)
         before, counts = Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
 
         def undo() -> None:
@@ -126,12 +127,29 @@ class ReweighterLearner:
                 before.restore()
             else:
                 self._has_stepped = True
-            nonfinite, ok = torch.cat([nonfinite, (ok & ~taken).view(1)]), taken
-        else:
-            nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+            nonfinite = torch.cat([nonfinite[:3], (ok & ~taken).view(1)])
+        self._count(nonfinite)
+        return update._replace(nonfinite=nonfinite, undo=undo)
+
+    def _count(self, nonfinite: Tensor) -> None:
         self.num_updates += 1
-        self.num_skipped = self.num_skipped.to(ok.device) + nonfinite.any()
-        return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, difference, undo)
+        self.num_skipped = self.num_skipped.to(nonfinite.device) + nonfinite.any()
+
+    def _report(self, losses: ExitLosses, hypergradient: Hypergradient) -> tuple[Update, Tensor]:
+        """What is known before anything is learned, and whether it is something to learn from."""
+        value = hypergradient.value
+        values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
+        bad = [~each.isfinite().all() for each in values]
+        # From every rank, so that all clip alike, and all skip or none does.
+        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
+        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
+        difference = relative_difference(every[:, 5:]) if told else None
+        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
+        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
+        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
+        nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+        zero = hypergradient.num_zero_moments
+        return Update(meta_loss, norm, nonfinite, zero, difference, value, lambda: None), ok
 
     def require_same(self, options: object, group: Any, device: torch.device) -> None:
         """Raise ValueError on every rank unless all begin alike, with these options of the step."""

@@ -55,6 +55,14 @@ class FirstForward(NamedTuple):
     ahead: PseudoUpdate | None = None
 
 
+class Known(NamedTuple):
+    """Weights, the gradient that comes of them on all ranks, and what in it is from before."""
+
+    weights: Tensor
+    gradients: Parameters
+    accumulated: Parameters
+
+
 class Hypergradient(NamedTuple):
     """∂L_meta/∂w and what came with it, all without a graph.
 
@@ -114,7 +122,10 @@ class MetaProblem:
         weights: w[i,k], shape [B, K], without a graph.
         update: U, gradients → θ̂.
         grad_scale: what gradients are multiplied by on their way through low precision, or None.
+        begins_at_zero: whether all these weights are 0, of purpose.
         everything: all parameters of the model, by name.
+        known: the weights and gradients by which ⟨v, ∇L_tr⟩ is known once more: this step's, or,
+            where all weights are 0 and so is that, those of weights of 1. Set by the look-ahead.
         precision: spacing of the numbers that the forward computes with.
     """
 
@@ -127,6 +138,8 @@ class MetaProblem:
     weights: Tensor
     update: Callable[[Parameters], PseudoUpdate]
     grad_scale: Tensor | None
+    begins_at_zero: bool = False
+    known: Known = field(init=False)
     everything: Parameters = field(init=False)
     precision: float = field(init=False)
 
@@ -198,6 +211,8 @@ class MetaProblem:
         first = self.first
         if first.gradients is not None:
             return {name: self.unscaled(gradient) for name, gradient in first.gradients.items()}
+        if self.begins_at_zero and not create_graph:
+            weights = torch.ones_like(weights)  # of which the others are 0 times
         gradients = self.gradients_at(
             first.moved,
             first.losses.losses,
@@ -211,6 +226,11 @@ class MetaProblem:
                 "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
+        if self.begins_at_zero and not create_graph:
+            # The sum over the ranks of what is averaged again: no rank needs to know the others'.
+            ranks = 1 if any(map(is_sharded, reached.values())) else num_ranks()
+            self.known = Known(weights, {n: ranks * g for n, g in reached.items()}, {})
+            reached = {name: torch.zeros_like(gradient) for name, gradient in reached.items()}
         for name, gradient in first.accumulated.items():
             gradient = self.unscaled(gradient)
             if not is_sharded(gradient):
@@ -254,7 +274,10 @@ class MetaProblem:
 
     def look_ahead(self) -> PseudoUpdate:
         """The step with these weights, of gradients that are leaves: the optimizer's arithmetic."""
-        return self.first.ahead or self.update(leaves(self.train_gradients(self.weights)))
+        ahead = self.first.ahead or self.update(leaves(self.train_gradients(self.weights)))
+        if not self.begins_at_zero:
+            self.known = Known(self.weights, ahead.gradients, self.first.accumulated)
+        return ahead
 
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""
