@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import on_gpu
+from card import exactness, kernels
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch's profiler
@@ -53,3 +54,17 @@ def test_without_a_card_it_says_what_to_do(capsys) -> None:
     with pytest.raises(SystemExit):
         on_gpu.main([])
     assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.card
+@pytest.mark.parametrize("part", ["nets", "waits", "optimizers", "attention"])
+def test_the_step_is_exact_on_a_card(part) -> None:
+    found = [row() for row in getattr(exactness, part)("cuda")]
+    assert [row for row in found if row["outcome"] not in ("exact", "no wait")] == []
+
+
+@pytest.mark.card
+def test_the_kernels_are_exact_on_a_card() -> None:
+    pytest.importorskip("triton", "3.2")
+    found = [row() for row in kernels.rows("cuda", False) if row.func is kernels.parity]
+    assert [row for row in found if row["outcome"] != "exact"] == []
