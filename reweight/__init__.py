@@ -1,6 +1,6 @@
 """Meta-learned per-sample, per-exit loss weights for any PyTorch model and optimizer."""
 
-from reweight.batches import swap_halves
+from reweight.batches import balanced_split, swap_halves
 from reweight.budget import (
     BudgetPoint,
     anytime_accuracy,
@@ -30,6 +30,7 @@ __all__ = [
     "SampleReweighter",
     "StepResult",
     "anytime_accuracy",
+    "balanced_split",
     "budgeted_curve",
     "choose_exits",
     "exit_costs",

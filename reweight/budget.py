@@ -223,14 +223,14 @@ def budgeted_curve(
 
 
 def _counted(losses: ExitLosses, field: Literal["confidence", "correct"], name: str) -> Tensor:
-    """Confidences or correctness of the samples that count, [N, K]."""
+    """Confidences or correctness of the samples that count, at every exit, [N, K]."""
     matrix = losses.confidence if field == "confidence" else losses.correct
     if matrix is None:
         raise ValueError(
             f"`{name}` must carry {field}, got None. Pass what exit_cross_entropy returns."
         )
-    if losses.valid is not None:
-        matrix = matrix[losses.valid]
+    if losses.counted is not None:
+        matrix = matrix[losses.counted.all(1)]
     _check_matrix(matrix, name)
     return matrix
 

@@ -46,9 +46,14 @@ class ExitLosses(NamedTuple):
         losses: l[i,k], shape [B, K], float32 (float64 for float64 logits), with a graph.
         confidence: the largest softmax probability, shape [B, K], without a graph.
         correct: whether the most probable class is the target, shape [B, K], bool.
-        valid: the samples that count, shape [B], bool; None stands for all of them.
+        valid: the samples that count, shape [B], bool, or at which exits, [B, K], where some labels
+            are missing; None stands for all of them.
         labels: the target of each sample, int64 [B] or probabilities [B, C].
         features: what else a reweighter may see of each sample, shape [B, F].
+        weight: weights of your own, at least 0, shape [B] or [B, K], beside the learned ones: every
+            mean over samples is Σ weight·value / Σ weight, here and in the objectives.
+        auxiliary: a loss that no weight is for, scalar, with a graph: a regulariser, the balance of
+            a router. It is added to L_tr as it is, and is no part of L_meta.
 
     A loss function of your own that knows only the losses returns ``ExitLosses(losses)``, or just
     the tensor.
@@ -60,6 +65,8 @@ class ExitLosses(NamedTuple):
     valid: Tensor | None = None
     labels: Tensor | None = None
     features: Tensor | None = None
+    weight: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Iterable["ExitLosses"]) -> "ExitLosses":
@@ -70,25 +77,37 @@ class ExitLosses(NamedTuple):
             >>> ExitLosses.cat(batches).losses.shape
             torch.Size([7, 2])
         """
-        columns = [
-            [each for each in column if each is not None] for column in zip(*parts, strict=True)
-        ]
+        samples = [part._replace(auxiliary=None) for part in parts]
+        columns = [[x for x in column if x is not None] for column in zip(*samples, strict=True)]
         joined = [torch.cat(c) if len(c) == len(columns[0]) else None for c in columns]
         return cls(*joined)  # type: ignore[arg-type]
+
+    @property
+    def counted(self) -> Tensor | None:
+        """What ``valid`` says of each loss, shape [B, 1] or [B, K]."""
+        if self.valid is None or self.valid.dim() == 2:
+            return self.valid
+        return self.valid.unsqueeze(1)
 
     def sample_shares(self) -> Tensor:
         """The share of each sample in ``mean_i``: 1/B, or 0 where a sample does not count.
 
-        Within a distributed step B counts the samples of all ranks.
+        By ``weight`` if there is one. Within a distributed step B counts the samples of all ranks.
 
         Returns:
-            Shape [B, 1], the dtype of the losses. All zero if no sample counts.
+            Shape [B, 1], or [B, K] where it is another at each exit, the dtype of the losses. All
+            zero if no sample counts.
         """
-        if self.valid is None:
-            valid = self.losses.new_ones(len(self.losses), 1)
+        counted = self.counted
+        if counted is None:
+            shares = self.losses.new_ones(len(self.losses), 1)
         else:
-            valid = self.valid.to(self.losses.dtype).unsqueeze(1)
-        return valid / sum_over_ranks(valid.sum()).clamp(min=1)
+            shares = counted.to(self.losses.dtype)
+        if self.weight is not None:
+            own = self.weight.detach().to(self.losses.dtype).reshape(len(self.losses), -1)
+            shares = torch.where(shares > 0, own, 0)
+        total = sum_over_ranks(shares.sum(0))
+        return shares / torch.where(total > 0, total, 1)
 
     def mean_over_samples(self, values: Tensor) -> Tensor:
         """The mean of each column of values [B, K] over the samples that count, shape [K].
@@ -96,8 +115,9 @@ class ExitLosses(NamedTuple):
         Within a distributed step this rank's part of it; the parts of all ranks add up to the mean.
         What stands in the other rows does not matter, not even if it is infinite.
         """
-        if self.valid is not None:
-            values = torch.where(self.valid.unsqueeze(1), values, 0)
+        counted = self.counted
+        if counted is not None:
+            values = torch.where(counted, values, 0)
         return (self.sample_shares() * values).sum(0)
 
 
@@ -125,7 +145,9 @@ def exit_cross_entropy(
         ignore_index: samples with this target have loss 0 and gradient 0 (even where a logit is not
             a number), are never correct, and are not ``valid``: they drop out of every mean.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``, in [0, 1].
-        class_weight: one weight per class, shape [C], multiplied into the losses.
+        class_weight: one weight per class, shape [C], multiplied into the losses. Means stay those
+            over samples; for the mean of ``torch.nn.functional.cross_entropy``, over the weights,
+            give ``weight=class_weight[target]`` to what is returned, by ``_replace``, instead.
         impl: "torch" (few PyTorch operations, for the CPU), "triton" (one launch for all exits),
             "reference" (plain differentiable operations), or "auto" (default): the first that fits,
             of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and

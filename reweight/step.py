@@ -19,7 +19,7 @@ from reweight._passes.compiled import CompiledModel, uncompiled_if_need_be
 from reweight._passes.forward import ExitForward, FeatureFunction, LossFunction, require_graph
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning, Gradients
-from reweight._ranks.collectives import joined, num_ranks
+from reweight._ranks.collectives import joined
 from reweight._ranks.shards import begin_anew, parameters_of, sharded_modules
 from reweight._ranks.wrappers import averages, is_unsettled, unwrap
 from reweight.batches import Batch, unpack
@@ -207,6 +207,7 @@ class MetaReweightStep:
                 losses = self._forward.with_features(require_graph(losses), spare)
                 shares = scale * losses.sample_shares()
                 grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
+                grads = self._lookahead.beside(grads, losses, moved, scale)
                 first = FirstForward(
                     spare, beginning, losses, cache, moved, grads, shares, not lean
                 )
@@ -218,10 +219,8 @@ class MetaReweightStep:
                         beginning.restore()
                         losses = forward(*train)._replace(features=losses.features)
                 weights = self._learner.weights(losses, update)
-                # Times the ranks, whose gradients DistributedDataParallel averages.
-                coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
                 # The graph may be kept for its values, not for another backward.
-                losses.losses.backward(coefficients, retain_graph=lagged and not lean)
+                self._lookahead.backward(losses, shares * weights, scale, keep=lagged and not lean)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)
@@ -254,7 +253,8 @@ class MetaReweightStep:
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:
             losses = self._forward.with_features(require_graph(losses), train)
             shares = losses.sample_shares()
-            first = FirstForward(train, beginning, losses, cache, moved, {}, shares, keep)
+            grads = self._lookahead.beside({}, losses, moved, 1.0)
+            first = FirstForward(train, beginning, losses, cache, moved, grads, shares, keep)
             update = self._update(first, meta)
             return losses, self._learner.weights(losses, update), update
 

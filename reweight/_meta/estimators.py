@@ -109,7 +109,10 @@ def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladde
 def unrolled(problem: MetaProblem) -> Hypergradient:
     """Exact, by differentiating the gradient itself (double backward): the slow reference."""
     weights = problem.weights.detach().requires_grad_()
-    gradients = problem.train_gradients(weights, create_graph=True)
+    gradients = {
+        name: gradient if gradient.requires_grad else gradient.detach().requires_grad_()
+        for name, gradient in problem.train_gradients(weights, create_graph=True).items()
+    }
     ahead = problem.update(gradients)
     meta_loss, cotangents = _cotangents(problem, ahead)
     # Of all ranks that is the way back through the sum of their gradients.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reweight._checks import check_choice, check_function, check_number, check_positive, kind
-from reweight._meta.problem import FirstForward, MetaProblem
+from reweight._meta.problem import FirstForward, MetaProblem, dense
 from reweight._optimizers.accepted import (
     AnyOptimizer,
     Exactness,
@@ -21,7 +21,8 @@ from reweight._optimizers.accepted import (
 )
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
-from reweight._ranks.shards import require_reduced
+from reweight._ranks.collectives import num_ranks
+from reweight._ranks.shards import is_sharded, require_reduced
 from reweight.batches import Batch, drawn_rows
 from reweight.losses import ExitLosses
 from reweight.objectives import Objective
@@ -90,6 +91,42 @@ class Lookahead:
     def scaled(self, tensor: Tensor) -> Tensor:
         """What a gradient is to begin with, where a GradScaler is in use."""
         return tensor if self.scaler is None else self.scaler.scale(tensor)
+
+    def beside(
+        self, accumulated: Parameters, losses: ExitLosses, moved: Parameters, scale: float
+    ) -> Parameters:
+        """What the gradient of the weighted losses is added to, that of the auxiliary loss as well.
+
+        Raises:
+            ValueError: there is an auxiliary loss of sharded parameters.
+        """
+        auxiliary = losses.auxiliary
+        if auxiliary is None or not moved or not auxiliary.requires_grad:
+            return accumulated
+        if any(map(is_sharded, moved.values())):
+            raise ValueError(
+                "`loss` must return ExitLosses without `auxiliary` for a model of fully_shard, "
+                "whose gradients come by its own backward. Add it to a loss that is weighted."
+            )
+        found = torch.autograd.grad(
+            auxiliary,
+            list(moved.values()),
+            self.scaled(torch.full_like(auxiliary, scale)),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        gradients = {n: dense(g) for n, g in zip(moved, found, strict=True) if g is not None}
+        both = {n: g + accumulated[n] if n in accumulated else g for n, g in gradients.items()}
+        return {**accumulated, **both}
+
+    def backward(self, losses: ExitLosses, factors: Tensor, scale: float, *, keep: bool) -> None:
+        """The gradient of L_tr into ``.grad``, with these factors of the losses."""
+        # Times the ranks, whose gradients DistributedDataParallel averages.
+        outputs, cotangents = [losses.losses], [self.scaled(num_ranks() * factors)]
+        if losses.auxiliary is not None and losses.auxiliary.requires_grad:
+            outputs.append(losses.auxiliary)
+            cotangents.append(self.scaled(torch.full_like(losses.auxiliary, scale)))
+        torch.autograd.backward(outputs, cotangents, retain_graph=keep)
 
     def problem(
         self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int

@@ -209,10 +209,30 @@ class ExitForward:
                 "`loss` must return losses of shape [samples, exits], one row for each sample, got "
                 f"{list(exit_losses.losses.shape)}. Do not average over the samples."
             )
-        if exit_losses.valid is None:
+        _check_fields(exit_losses)
+        counted = exit_losses.counted
+        if counted is None:
             return exit_losses
-        counted = torch.where(exit_losses.valid.unsqueeze(1), exit_losses.losses, 0)
-        return exit_losses._replace(losses=counted)
+        return exit_losses._replace(losses=torch.where(counted, exit_losses.losses, 0))
+
+
+def _check_fields(losses: ExitLosses) -> None:
+    """Raise ValueError unless what a loss function adds to its losses fits them."""
+    num_samples, num_exits = losses.losses.shape
+    for name, value in (("valid", losses.valid), ("weight", losses.weight)):
+        if value is not None and value.shape not in ((num_samples,), (num_samples, num_exits)):
+            raise ValueError(
+                f"`loss` must return ExitLosses with `{name}` [{num_samples}] or [{num_samples}, "
+                f"{num_exits}], got {list(value.shape)}."
+            )
+    weight, auxiliary = losses.weight, losses.auxiliary
+    if weight is not None and weight.device.type == "cpu" and not (weight >= 0).all():
+        raise ValueError("`loss` must return ExitLosses with `weight` of at least 0, got others.")
+    if auxiliary is not None and auxiliary.dim():
+        raise ValueError(
+            "`loss` must return ExitLosses with `auxiliary` a scalar, got "
+            f"{list(auxiliary.shape)}. Add up its terms, or take their mean."
+        )
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
