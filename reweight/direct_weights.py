@@ -16,9 +16,9 @@ class DirectWeights(nn.Module):
     on small data, and where the losses tell nothing of a wrong label. For clean meta data: what is
     known of a sample is what one meta batch says, and the weights of every batch need an update.
 
-    The weights of each exit average 1 over the samples, of all ranks. Two things keep that from
-    going wrong, which it did: a few samples of a batch with all of its weight are a batch of a few
-    samples at a learning rate for many, and the network dies of the step::
+    The weights of each exit average 1 over the samples, of all ranks, with two exceptions. A few
+    samples that have all the weight of a batch are a batch of a few samples, at a learning rate for
+    many; that is bounded, so that the mean square of the weights is at most 4::
 
         p = max(0, −∂L_meta/∂w)        w = p / max(mean(p), ½·√mean(p²))
 
