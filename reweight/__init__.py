@@ -13,7 +13,7 @@ from reweight.costs import exit_costs
 from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy, linear_exit_cross_entropy
 from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
-from reweight.result import StepResult
+from reweight.result import StepCheck, StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
 
@@ -28,6 +28,7 @@ __all__ = [
     "MetaLoss",
     "MetaReweightStep",
     "SampleReweighter",
+    "StepCheck",
     "StepResult",
     "anytime_accuracy",
     "balanced_split",

@@ -12,6 +12,7 @@ from torchopt.base import GradientTransformation
 from reweight._checks import check_flag, check_positive
 from reweight._meta.direct import learner_of
 from reweight._meta.estimators import Estimator
+from reweight._meta.examination import examine
 from reweight._meta.lookahead import Lookahead
 from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
@@ -26,7 +27,7 @@ from reweight.batches import Batch, unpack
 from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import Objective
-from reweight.result import StepResult, Update
+from reweight.result import StepCheck, StepResult, Update
 from reweight.reweighter import SampleReweighter
 
 
@@ -264,6 +265,19 @@ class MetaReweightStep:
         finally:
             beginning.replay()
         return StepResult.of(*learnt)
+
+    def check(self, train: Batch, meta: Batch) -> StepCheck:
+        """What to know before a long run: ``print(step.check(train, meta))``.
+
+        It takes a few steps with copies of the reweighter; nothing of yours changes. Arguments and
+        errors are those of :meth:`backward`.
+
+        Returns:
+            :class:`StepCheck`: how ∂L_meta/∂w comes about and how far it is from the backward, what
+            it says of a sample beyond noise, what a step costs, which hooks there are.
+        """
+        train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
+        return examine(self, self._forward, self._lookahead, self._learner.interval, train, meta)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers, text and containers."""

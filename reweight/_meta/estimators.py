@@ -205,7 +205,7 @@ class Estimator:
                 "`estimator` cannot be 'unrolled' with `lagged`, `train_fraction` or a model of "
                 "fully_shard."
             )
-        self.name, self._is_auto, self._may_unroll = name, name == "auto", may_unroll
+        self.name, self._given, self._may_unroll = name, name, may_unroll
         self.ladder = Ladder()
         self.check = Check(self.ladder, is_coarse=name == "finite_difference")
 
@@ -232,9 +232,13 @@ class Estimator:
             return found
         names = list(direction)
         self.check(problem, parts, names, lambda some: estimated(some)[1])
-        if self._is_auto and self.check.failures == 3:
+        if self._given == "auto" and self.check.failures == 3:
             self._move_on(problem, lambda: estimated(names)[1])
         return found._replace(both_ways=parts)
+
+    def anew(self) -> "Estimator":
+        """The same one, that has seen nothing yet."""
+        return Estimator(self._given, may_unroll=self._may_unroll)
 
     def attention(self) -> AbstractContextManager[None]:
         """How attention runs in the passes of a step: fused kernels have no double backward."""

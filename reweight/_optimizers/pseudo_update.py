@@ -77,6 +77,17 @@ def pseudo_update(
     return PseudoUpdate(given, updated, num_zero_moments)
 
 
+def way_of(optimizer: AnyOptimizer, exactness: Exactness) -> str:
+    """How its next step is made differentiable, in words."""
+    if exactness == "gradient_descent":
+        return "a plain gradient step in its place, approximate"
+    if isinstance(optimizer, torchopt.Optimizer):
+        return "differentiable itself"
+    if _is_recorded(optimizer):
+        return "its own step, recorded and verified"
+    return "in closed form"
+
+
 def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
     """As ``torch.nn.utils.clip_grad_norm_`` does, differentiably and not in place."""
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
