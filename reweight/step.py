@@ -278,9 +278,10 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        after, weights = Beginning(self._inner), self._learner.weights(first.losses)
+        after = Beginning(self._inner, first.beginning)
+        weights = self._learner.weights(first.losses)
         seed = self._learner.num_updates
-        problem = self._lookahead.problem(first, meta, weights, seed)
+        problem = self._lookahead.problem(first, after, meta, weights, seed)
         owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
         with owned.taken_away():  # a backward within the model's own may add to them
             hypergradient = self._estimator(problem)

@@ -15,6 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from reweight._structure import structure_of
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
@@ -60,7 +62,9 @@ def shard_like(tensor: Any, part: Any) -> Any:
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Those on which ``fully_shard`` was called."""
     loaded = sys.modules.get("torch.distributed.fsdp")
-    return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
+    if loaded is None:
+        return []
+    return [m for m in structure_of(model).modules if isinstance(m, loaded.FSDPModule)]
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """All of them by name, as the optimizer holds them: what was gathered is let go of."""
     for module in sharded_modules(model):
         module.reshard()
-    return dict(model.named_parameters())
+    return structure_of(model).parameters
 
 
 @contextmanager
