@@ -92,7 +92,7 @@ class _Kept:
             members = getattr(modules[i], kind)
             places.append(Place(members, key, path, name))
             found[kind][name] = members[key]
-        return Structure(modules, *found.values(), places)
+        return Structure(modules, found["_parameters"], found["_buffers"], places)
 
 
 def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:

@@ -30,7 +30,7 @@ def both_ways(
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = problem.weights * value
+    terms, ranks = problem.weights * value, num_ranks()
     tangents = {name: _flat(tangent) for name, tangent in direction.items()}
     ahead = {name: _flat(gradients[name]) for name in direction}
     dots = []
@@ -39,7 +39,8 @@ def both_ways(
         if name in problem.first.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(problem.first.accumulated[name])
             dot = dot - torch.dot(tangent, _flat(before))
-        dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
+        shares = num_copies(direction[name]) or ranks
+        dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
     norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
     sums = torch.stack(dots)
