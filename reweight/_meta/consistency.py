@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from reweight._meta.problem import MetaProblem
 from reweight._optimizers.accepted import Parameters
@@ -42,9 +41,9 @@ def both_ways(
         shares = num_copies(direction[name]) or ranks
         dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
+    norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
     sums = torch.stack(dots)
-    sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
+    sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
@@ -52,6 +51,12 @@ def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
     return torch.where(size > 0, (forward - backward).abs() / size, 0)
+
+
+def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """That of all of them as one vector."""
+    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
+    return torch.linalg.vector_norm(norms)
 
 
 def _flat(tensor: Tensor) -> Tensor:
