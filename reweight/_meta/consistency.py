@@ -56,7 +56,8 @@ def relative_difference(parts: Tensor) -> Tensor:
 def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
     """That of all of them as one vector."""
     norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
-    return torch.linalg.vector_norm(norms)
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _flat(tensor: Tensor) -> Tensor:
