@@ -4,6 +4,7 @@ A sample leaves at the first exit whose confidence reaches that exit's threshold
 from a held-out split: exit k is given a share q_k of the samples (Huang et al., ICLR 2018).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,11 @@ def exit_shares(num_exits: int, power: float) -> Tensor:
     """
     check_whole("num_exits", num_exits)
     check_positive("power", power)
+    return _exit_shares(num_exits, power).clone()
+
+
+@functools.cache
+def _exit_shares(num_exits: int, power: float) -> Tensor:
     exponents = torch.arange(num_exits, dtype=torch.float64)
     # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
     powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))

@@ -292,8 +292,9 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        after, weights = Beginning(self._inner), self._learner.ahead(first.losses)
-        problem = self._lookahead.problem(first, meta, weights, self._learner.num_updates)
+        after = Beginning(self._inner, first.beginning)
+        weights, seed = self._learner.ahead(first.losses), self._learner.num_updates
+        problem = self._lookahead.problem(first, after, meta, weights, seed)
         problem.begins_at_zero = self._learner.begins_at_zero
         owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
         with owned.taken_away():  # a backward within the model's own may add to them

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from reweight._meta.problem import Known, MetaProblem
 from reweight._optimizers.accepted import Parameters
@@ -28,7 +27,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = known.weights * value
+    terms, ranks = known.weights * value, num_ranks()
     tangents = {name: _flat(tangent) for name, tangent in direction.items()}
     # A parameter that only another rank's losses reach has no gradient of its own here.
     ahead = {
@@ -41,11 +40,12 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
             dot = dot - torch.dot(tangent, _flat(before))
-        dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
+        shares = num_copies(direction[name]) or ranks
+        dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
+    norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
     sums = torch.stack(dots)
-    sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
+    sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
@@ -53,6 +53,13 @@ def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
     return torch.where(size > 0, (forward - backward).abs() / size, 0)
+
+
+def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """That of all of them as one vector."""
+    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _flat(tensor: Tensor) -> Tensor:

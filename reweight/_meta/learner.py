@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
 from reweight._meta.consistency import relative_difference
-from reweight._meta.guarded_step import Snapshot, step_where
+from reweight._meta.guarded_step import Snapshot, are_finite, step_where
 from reweight._meta.problem import Hypergradient, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
 from reweight._ranks.collectives import gather, joined, require_same, sums_by_name
@@ -139,7 +139,7 @@ class ReweighterLearner:
         """What is known before anything is learned, and whether it is something to learn from."""
         value = hypergradient.value
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        bad = [~each.isfinite().all() for each in values]
+        bad = [~are_finite([each]) for each in values]
         # From every rank, so that all clip alike, and all skip or none does.
         told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
         every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))

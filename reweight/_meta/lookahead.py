@@ -21,6 +21,7 @@ from reweight._optimizers.accepted import (
 )
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
+from reweight._passes.snapshots import Beginning
 from reweight._ranks.collectives import num_ranks
 from reweight._ranks.shards import is_sharded, require_reduced
 from reweight.batches import Batch, drawn_rows
@@ -129,7 +130,12 @@ class Lookahead:
         torch.autograd.backward(outputs, cotangents, retain_graph=keep)
 
     def problem(
-        self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int
+        self,
+        first: FirstForward,
+        after: Beginning,
+        meta: Batch | ExitLosses,
+        weights: Tensor,
+        seed: int,
     ) -> MetaProblem:
         """The meta step after that forward; the seed draws the rows that it is learned from.
 
@@ -138,7 +144,7 @@ class Lookahead:
         require_reduced(self.model)
         fraction = 1.0 if seed % _UPDATES_BETWEEN_CHECKS == 0 else self.train_fraction
         rows = drawn_rows(first.batch, fraction, seed)
-        return self._problem(first, meta, weights, rows)
+        return self._problem(first, after, meta, weights, rows)
 
     def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:
         """The same, to be judged when the optimizer has made the step: by the next train batch.
@@ -146,7 +152,7 @@ class Lookahead:
         What the step will change is copied, and the step itself, which it depends on, taken now.
         """
         first = first._replace(gradients={n: g.clone() for n, g in (first.gradients or {}).items()})
-        ahead = self._problem(first, first.losses, weights, None).look_ahead()
+        ahead = self._problem(first, first.beginning, first.losses, weights, None).look_ahead()
         held = self.held()
         before = {name: parameter.detach().clone() for name, parameter in held.items()}
         first.cache.follow({id(parameter): before[name] for name, parameter in held.items()})
@@ -167,6 +173,7 @@ class Lookahead:
     def _problem(
         self,
         first: FirstForward,
+        after: Beginning,
         meta: Batch | ExitLosses,
         weights: Tensor,
         rows: Tensor | None,
@@ -183,6 +190,7 @@ class Lookahead:
             self.model,
             self.objective,
             first,
+            after,
             rows,
             meta,
             weights.detach(),
