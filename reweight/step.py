@@ -161,7 +161,7 @@ class MetaReweightStep:
 
     @uncompiled_if_need_be
     def backward(
-        self, train: Batch, meta: Batch | None = None, *, scale: float = 1.0
+        self, train: Batch, meta: Batch | None = None, *, scale: float | Tensor = 1.0
     ) -> StepResult:
         """Update the reweighter if it is due, then add the gradient of L_tr to ``.grad``.
 
@@ -173,7 +173,7 @@ class MetaReweightStep:
                 out: then the train batch of the next call judges it, in the forward that it trains
                 by. Call ``optimizer.step()`` in between, and leave this batch as it is until then.
             scale: factor of the gradient; 1/n where the gradients of n calls are accumulated for
-                one step, so that they add up to a mean.
+                one step, or the share of all their tokens that this batch has.
 
         Raises:
             TypeError: a batch is not a pair, or the model returns something unexpected.
@@ -181,7 +181,7 @@ class MetaReweightStep:
                 is out of range, or no loss depends on a parameter. Nothing has changed then, unless
                 the very last backward fails while gradients are accumulated.
         """
-        check_positive("scale", scale)
+        check_positive("scale", 1.0 if isinstance(scale, Tensor) else scale)
         train = unpack(train, "`train`")
         if meta is not None:
             meta = unpack(meta, "`meta`")

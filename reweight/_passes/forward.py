@@ -44,6 +44,9 @@ class ExitForward:
         check_function("exits", exits, "outputs of the model → logits")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
         self.compiled = compiled
+        # Of a model whose targets stand elsewhere than its outputs, as a causal one's do.
+        aligns = (vars(module).get("align_target") for module in inner.modules())
+        self._align = next((each for each in aligns if callable(each)), None)
         self._changes_batches: bool | None = None  # in place; not known before the first forward
         self._renormed = [  # whose weights a forward scales in place, to a bounded norm
             module
@@ -160,6 +163,8 @@ class ExitForward:
             logits = outputs if self._exits is None else self._exits(outputs)
             if self._loss is exit_cross_entropy:  # which needs no help, and would be slower
                 context.close()
+            if self._align is not None:
+                target = self._align(inputs, target)
             result = self._loss(logits, target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):

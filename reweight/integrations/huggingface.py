@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,68 +13,13 @@ from transformers import TrainerCallback
 
 from reweight._checks import kind
 from reweight.batches import describe
+from reweight.integrations.hidden_states import HiddenStateExits
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
 
-
-class HiddenStateExits(nn.Module):
-    """Exits at chosen layers of a transformers model, from its hidden states.
-
-    Args:
-        backbone: called with ``output_hidden_states=True``; its ``hidden_states[0]`` are the
-            embeddings.
-        layers: of which hidden states the exits are, from the first exit to the last.
-        heads: one module for each exit, or a single one that all share. Default None: the hidden
-            states themselves are returned, for ``linear_exit_cross_entropy`` with the head of a
-            language model.
-        pooled: heads take the mean of the states over the tokens that ``attention_mask`` keeps,
-            [B, H], as a classifier does, and not every token's, [B, T, H].
-
-    Raises:
-        ValueError: there is no layer, or not one head for each.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        layers: Sequence[int],
-        heads: nn.Module | Sequence[nn.Module] | None = None,
-        pooled: bool = False,
-    ) -> None:
-        super().__init__()
-        if heads is not None and not isinstance(heads, nn.Module):
-            heads = nn.ModuleList(heads)
-        if not layers or (isinstance(heads, nn.ModuleList) and len(heads) != len(layers)):
-            raise ValueError(f"`heads` must be one for each of `layers`, got {len(layers)} layers.")
-        self.backbone, self.layers, self.pooled = backbone, tuple(layers), pooled
-        self.heads = heads
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> list[Tensor]:
-        """What each exit says, [B, C], [B, T, C] or [B, T, H]."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        output = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **inputs
-        )
-        states = [output.hidden_states[layer] for layer in self.layers]
-        if self.pooled:
-            kept = attention_mask.unsqueeze(-1).to(states[0].dtype)
-            states = [(state * kept).sum(1) / kept.sum(1).clamp(min=1) for state in states]
-        if self.heads is None:
-            return states
-        if not isinstance(self.heads, nn.ModuleList):
-            return [self.heads(state) for state in states]
-        return [head(state) for head, state in zip(self.heads, states, strict=True)]
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the Trainer asks of its model is the backbone's."""
-        if name in ("config", "activation_checkpointing_enable", "gradient_checkpointing_enable"):
-            return getattr(self.backbone, name)
-        return super().__getattr__(name)
+__all__ = ["HiddenStateExits", "MetaReweight"]
 
 
 class MetaReweight(TrainerCallback):
