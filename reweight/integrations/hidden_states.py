@@ -24,11 +24,13 @@ class LabelShift:
 
     def __init__(self, shifts: bool | None = None) -> None:
         self.shifts = shifts
+        self.tokens: Any = None  # that the model saw last
 
     def __call__(self, inputs: Any, labels: Any) -> Any:
         """The labels [B, T] of these inputs, for logits [B, T, C]."""
         if self.shifts is None:
-            self.shifts = _repeats(inputs, labels)
+            self.shifts = _repeats((inputs, self.tokens), labels)
+        self.tokens = None
         if not self.shifts:
             return labels
         return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
@@ -116,6 +118,8 @@ class HiddenStateExits(nn.Module):
         """
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
+        if self.align_target.shifts is None:
+            self.align_target.tokens = input_ids
         if input_ids is not None:
             inputs[getattr(self.backbone, "main_input_name", "input_ids")] = input_ids
 
@@ -162,6 +166,11 @@ class HiddenStateExits(nn.Module):
             )
         found: Tensor = resized(state.shape[1], mask)  # audio: a state is of many samples
         return found
+
+    @property
+    def loss_type(self) -> str | None:
+        """Tells the Trainer how labels are to be counted, where it is known before training."""
+        return "ForCausalLM" if self.align_target.shifts else None
 
     def __getattr__(self, name: str) -> Any:
         """What else the Trainer asks of its model is the backbone's."""

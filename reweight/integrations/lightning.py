@@ -157,6 +157,7 @@ class MetaReweight(Callback):
         if self.count is None or self.step is None:
             return 1 / trainer.accumulate_grad_batches
         num = trainer.strategy.reduce(torch.as_tensor(self.count(target)), reduce_op="sum")
+        num = num.to(torch.float32 if num.device.type == "mps" else torch.float64)
         total = (self._num_accumulated + num).clamp(min=1)
         for parameter in self.step.model.parameters():
             if parameter.grad is not None:
