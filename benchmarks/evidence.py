@@ -348,7 +348,7 @@ class Run:
                 samples.images.split(500), samples.labels.split(500), strict=True
             )
         ]
-        return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return ExitLosses.cat(parts)
 
     def accuracies(self) -> dict[str, Any]:
         """On the test set, in percent; thresholds from the calibration set."""

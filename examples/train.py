@@ -274,7 +274,7 @@ def evaluate(model: nn.Module, dataset: Any) -> ExitLosses:
         exit_cross_entropy([logits.double() for logits in model(images)], target)
         for images, target in batches_of(dataset, 500)
     ]
-    return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return ExitLosses.cat(parts)
 
 
 def costs_of(model: nn.Module, data: Data) -> list[int]:

@@ -1,6 +1,6 @@
 """Per-sample, per-exit losses: the matrix l[i,k] that everything else in the package is about."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, TypeAlias
@@ -15,7 +15,7 @@ from reweight._kernels.dispatch import choose, choose_linear, is_traced
 from reweight._kernels.function import fused
 from reweight._kernels.linear import fused_linear
 from reweight._ranks.collectives import sum_over_ranks
-from reweight.batches import describe
+from reweight._targets import classes_of, exits_of
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 """K tensors [*S, C], one tensor [K, *S, C], or for a single exit one tensor [*S, C].
@@ -47,6 +47,8 @@ class ExitLosses(NamedTuple):
         confidence: the largest softmax probability, shape [B, K], without a graph.
         correct: whether the most probable class is the target, shape [B, K], bool.
         valid: the samples that count, shape [B], bool; None stands for all of them.
+        labels: the target of each sample, int64 [B] or probabilities [B, C].
+        features: what else a reweighter may see of each sample, shape [B, F].
 
     A loss function of your own that knows only the losses returns ``ExitLosses(losses)``, or just
     the tensor.
@@ -56,6 +58,23 @@ class ExitLosses(NamedTuple):
     confidence: Tensor | None = None
     correct: Tensor | None = None
     valid: Tensor | None = None
+    labels: Tensor | None = None
+    features: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Iterable["ExitLosses"]) -> "ExitLosses":
+        """The samples of several batches in one; what a part lacks, the whole lacks too.
+
+        Example:
+            >>> batches = [ExitLosses(torch.rand(4, 2)), ExitLosses(torch.rand(3, 2))]
+            >>> ExitLosses.cat(batches).losses.shape
+            torch.Size([7, 2])
+        """
+        columns = [
+            [each for each in column if each is not None] for column in zip(*parts, strict=True)
+        ]
+        joined = [torch.cat(c) if len(c) == len(columns[0]) else None for c in columns]
+        return cls(*joined)  # type: ignore[arg-type]
 
     def sample_shares(self) -> Tensor:
         """The share of each sample in ``mean_i``: 1/B, or 0 where a sample does not count.
@@ -135,7 +154,7 @@ def exit_cross_entropy(
                 [ True, False]])
     """
     check_share("label_smoothing", label_smoothing)
-    exits = _exits("logits", logits, target)
+    exits = exits_of("logits", logits, target)
     nums_classes = [z.shape[-1] for z in exits]
     if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
         raise ValueError(
@@ -143,7 +162,7 @@ def exit_cross_entropy(
             f"{sorted({(c,) for c in nums_classes})}, got {tuple(class_weight.shape)}."
         )
     implementation = choose(impl, exits, target, label_smoothing, class_weight)
-    classes, valid, ignore = _classes(target, ignore_index, nums_classes)
+    classes, valid, ignore = classes_of(target, ignore_index, nums_classes)
     if implementation == "reference":
         rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
@@ -156,7 +175,7 @@ def exit_cross_entropy(
             factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
             factor = torch.where(valid, factor, 1).unsqueeze(1)
             results = results[0] * factor, *results[1:]
-    return ExitLosses(*results, valid)
+    return ExitLosses(*results, valid, classes)
 
 
 def linear_exit_cross_entropy(
@@ -203,7 +222,7 @@ def linear_exit_cross_entropy(
     check_share("label_smoothing", label_smoothing)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
-    exits = _exits("hidden", hidden, target)
+    exits = exits_of("hidden", hidden, target)
     for exit_hidden in exits:
         if weight.dim() != 2 or weight.shape[1] != exit_hidden.shape[-1]:
             raise ValueError(
@@ -212,7 +231,7 @@ def linear_exit_cross_entropy(
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` must have the shape [{len(weight)}], got {list(bias.shape)}.")
-    classes, valid, ignore = _classes(target, ignore_index, [len(weight)])
+    classes, valid, ignore = classes_of(target, ignore_index, [len(weight)])
     rows = [each.reshape(len(classes), -1) for each in exits]
     head = [weight] if bias is None else [weight, bias]
     device = weight.device.type
@@ -226,75 +245,4 @@ def linear_exit_cross_entropy(
         else:
             implementation = choose_linear(rows)
             results = fused_linear(rows, head, classes, ignore, label_smoothing, implementation)
-    return ExitLosses(*results, valid)
-
-
-def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """The tensor of each exit, [*S, C_k], whatever form they came in."""
-    if not isinstance(target, Tensor) or not (
-        target.dtype == torch.int64 or (target.is_floating_point() and target.dim() > 1)
-    ):
-        got = type(target).__name__
-        if isinstance(target, Tensor):
-            got = f"a tensor of {target.dtype}, shape {list(target.shape)}"
-            got += "" if target.is_floating_point() else ": call target.long()"
-        raise TypeError(
-            "`target` must hold class indices as an int64 tensor, or probabilities [..., C] as a "
-            f"floating point one, got {got}."
-        )
-    if target.numel() == 0:
-        raise ValueError(f"`target` must hold at least one sample, got shape {list(target.shape)}.")
-    samples = target.shape[:-1] if target.is_floating_point() else target.shape
-    if isinstance(tensors, Tensor):
-        exits = list(tensors) if tensors.dim() == len(samples) + 2 and len(tensors) else [tensors]
-    elif isinstance(tensors, Sequence) and tensors and all(isinstance(z, Tensor) for z in tensors):
-        exits = list(tensors)
-    else:
-        raise TypeError(
-            f"`{name}` must be a tensor or a non-empty list or tuple of tensors, one for each "
-            f"exit, got {describe(tensors)}. Pass `exits=`, a function that takes the logits out "
-            "of what the model returns."
-        )
-    classes = "C" if target.dtype == torch.int64 else target.shape[-1]
-    for index, each in enumerate(exits):
-        if not each.is_floating_point():
-            raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
-        if name == "logits" and each.shape[-1:] == (1,) and each.dim() > len(samples):
-            raise ValueError(
-                f"`logits` of exit {index} must be of two classes or more, got {list(each.shape)}: "
-                "of one it is always 0. Pass `loss=`, (outputs, target) → losses [B, K]."
-            )
-        if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
-            raise ValueError(
-                f"`{name}` of exit {index} must have the samples of the target first and one more "
-                f"dimension, {[*samples, classes]}, got {list(each.shape)}. Class indices are one "
-                "number for each sample: target.squeeze(-1) of a column, target.argmax(-1) of rows "
-                "of 0 and 1. Take input and target from the same batch."
-            )
-    return exits
-
-
-def _classes(
-    target: Tensor, ignore_index: int, nums_classes: list[int]
-) -> tuple[Tensor, Tensor, int | None]:
-    """The target, one row for each sample; which samples count; ignore_index, None if all do."""
-    if target.is_floating_point():
-        target = target.flatten(0, -2)
-        return target, torch.ones(len(target), dtype=torch.bool, device=target.device), None
-    target = target.flatten()
-    valid = target != ignore_index
-    # Looking would wait for another device; compilers and transforms cannot look.
-    if target.device.type != "cpu" or is_traced():
-        return target, valid, ignore_index
-    low, high = (int(bound) for bound in target.aminmax())
-    fewest = min(nums_classes)
-    if low >= 0 and high < fewest:
-        return target, valid, ignore_index if low <= ignore_index <= high else None
-    wrong = valid & ((target < 0) | (target >= fewest))
-    if wrong.any():
-        raise ValueError(
-            f"`target` must lie in 0..{fewest - 1}, the classes of exit "
-            f"{nums_classes.index(fewest)} (or equal `ignore_index`={ignore_index}), got "
-            f"{target[wrong][0].item()}."
-        )
-    return target, valid, ignore_index
+    return ExitLosses(*results, valid, classes)

@@ -33,6 +33,10 @@ class SampleReweighter(nn.Module):
         strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
             for CIFAR (0.3 for ImageNet, with the mean over both). Not for sigmoid.
         inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
+        num_classes: C, for g to see the label too, one of C columns, or the probabilities of a soft
+            target. Default: no label, as published.
+        num_features: F, for g to see the features too, what ``features=`` of the step gives for
+            each sample, [B, F]. Default: none.
         num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
 
     Raises:
@@ -47,6 +51,9 @@ class SampleReweighter(nn.Module):
         torch.Size([8, 3])
         >>> torch.allclose(weights.mean(1), torch.ones(8))
         True
+        >>> by_class = SampleReweighter(num_exits=2, form="sigmoid", num_classes=3)
+        >>> by_class(ExitLosses(torch.rand(4, 2), labels=torch.tensor([0, 1, 2, 1]))).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -57,6 +64,8 @@ class SampleReweighter(nn.Module):
         average_over: Literal["exits", "samples", "both"] | None = None,
         strength: float | None = None,
         inputs: Literal["losses", "confidences", "both"] = "losses",
+        num_classes: int | None = None,
+        num_features: int | None = None,
         num_hidden: int | None = None,
     ) -> None:
         super().__init__()
@@ -82,11 +91,16 @@ class SampleReweighter(nn.Module):
             raise ValueError(f"`strength` must be at least 0, got {strength}.")
         if num_hidden is None:
             num_hidden = 500 if form == "tanh" else 100
+        for name, number in (("num_classes", num_classes), ("num_features", num_features)):
+            if number is not None:
+                check_whole(name, number)
         check_whole("num_hidden", num_hidden)
         self.num_exits, self.form, self.average_over = num_exits, form, average_over
         self.strength, self.inputs = strength, inputs
+        self.num_classes, self.num_features = num_classes, num_features
+        num_seen = 2 * num_exits if inputs == "both" else num_exits
         self.network = nn.Sequential(
-            nn.Linear(2 * num_exits if inputs == "both" else num_exits, num_hidden),
+            nn.Linear(num_seen + (num_classes or 0) + (num_features or 0), num_hidden),
             nn.ReLU(),
             nn.Linear(num_hidden, num_exits),
         )
@@ -103,10 +117,11 @@ class SampleReweighter(nn.Module):
             are over the samples of all ranks; called by yourself, over those given.
 
         Raises:
-            ValueError: another number of exits, or no confidences where the network wants them.
+            ValueError: another number of exits, or no confidences, labels or features, or others,
+                where the network wants them.
         """
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
-        raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses)
+        raw: Tensor = self.network(self._seen(exit_losses)).to(exit_losses.losses)
         if self.form == "sigmoid":
             # Over the largest of those averaged, so that they never all underflow.
             logarithm = F.logsigmoid(raw)
@@ -119,7 +134,8 @@ class SampleReweighter(nn.Module):
             weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
         return weights
 
-    def _features(self, exit_losses: ExitLosses) -> Tensor:
+    def _seen(self, exit_losses: ExitLosses) -> Tensor:
+        """What the network sees, a row for each sample."""
         losses, confidence = exit_losses.losses, exit_losses.confidence
         if losses.dim() != 2 or losses.shape[1] != self.num_exits:
             raise ValueError(
@@ -127,20 +143,60 @@ class SampleReweighter(nn.Module):
                 f"{list(losses.shape)}. Build SampleReweighter with as many exits as the model "
                 "has, or let `loss` return a row for each sample and a column for each exit."
             )
-        parameter = next(self.network.parameters())
         if self.inputs != "losses" and confidence is None:
             raise ValueError(
                 f"`losses` must carry confidences for inputs={self.inputs!r}, got None. Pass what "
                 "exit_cross_entropy returns."
             )
-        seen: dict[str, list[Tensor | None]]
-        seen = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
-        chosen = [each for each in seen[self.inputs] if each is not None]
-        features = torch.cat(chosen, 1).detach().to(parameter)
+        columns: dict[str, list[Tensor | None]]
+        columns = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
+        chosen = columns[self.inputs] + [self._labels(exit_losses), self._features(exit_losses)]
+        parameter = next(self.network.parameters())
+        seen = [each.detach().to(parameter) for each in chosen if each is not None]
+        rows = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
         if exit_losses.valid is None:
-            return features
+            return rows
         # What a sample that does not count came to may be no number, and 0 times that is none.
-        return torch.where(exit_losses.valid.unsqueeze(1), features, 0)
+        return torch.where(exit_losses.valid.unsqueeze(1), rows, 0)
+
+    def _labels(self, exit_losses: ExitLosses) -> Tensor | None:
+        """One column for each class, [B, C]; no class where a sample does not count."""
+        labels = exit_losses.labels
+        if self.num_classes is None:
+            return None
+        if labels is None:
+            raise ValueError(
+                f"`losses` must carry labels for num_classes={self.num_classes}, got None. Pass "
+                "what exit_cross_entropy returns, or let `loss` return ExitLosses(losses, "
+                "labels=target)."
+            )
+        if labels.is_floating_point():
+            num_classes, right = labels.shape[-1], labels.shape[-1] == self.num_classes
+        else:
+            num_classes = 1 + int(labels.max()) if labels.device.type == "cpu" else 0
+            right = num_classes <= self.num_classes
+        if not right or len(labels) != len(exit_losses.losses):
+            raise ValueError(
+                f"`losses` must carry labels of num_classes={self.num_classes}, one for each of "
+                f"{len(exit_losses.losses)} samples, got {num_classes} classes, "
+                f"{list(labels.shape)}."
+            )
+        if labels.is_floating_point():
+            return labels
+        return labels.unsqueeze(1) == torch.arange(self.num_classes, device=labels.device)
+
+    def _features(self, exit_losses: ExitLosses) -> Tensor | None:
+        """[B, F], or None."""
+        features, wanted = exit_losses.features, self.num_features
+        if wanted is None and features is None:
+            return None
+        if wanted is None or features is None or features.shape[1:] != (wanted,):
+            got = None if features is None else list(features.shape)
+            raise ValueError(
+                f"`losses` must carry features [samples, num_features={wanted}], got {got}. Give "
+                "the step `features=` and SampleReweighter their number, or neither."
+            )
+        return features
 
     def _largest(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The largest value of each mean's, in the shape of the mean; 0 where none counts."""
@@ -162,7 +218,11 @@ class SampleReweighter(nn.Module):
 
     def extra_repr(self) -> str:
         """The choices made, for ``print(reweighter)``."""
-        return (
+        text = (
             f"num_exits={self.num_exits}, form={self.form}, average_over={self.average_over}, "
             f"strength={self.strength}, inputs={self.inputs}"
         )
+        for name in ("num_classes", "num_features"):
+            number = getattr(self, name)
+            text += "" if number is None else f", {name}={number}"
+        return text

@@ -16,7 +16,7 @@ from reweight._meta.lookahead import Lookahead
 from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
 from reweight._passes.compiled import CompiledModel, uncompiled_if_need_be
-from reweight._passes.forward import ExitForward, LossFunction, require_graph
+from reweight._passes.forward import ExitForward, FeatureFunction, LossFunction, require_graph
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning, Gradients
 from reweight._ranks.collectives import joined, num_ranks
@@ -42,43 +42,42 @@ class MetaReweightStep:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
             ``DistributedDataParallel`` or sharded by ``fully_shard`` the step is that of the
             batches of all ranks joined.
-        optimizer: one, or a list of several, of any class of torch.optim's form or of torchopt,
-            over the model's parameters; groups, learning rates and state are read at every step and
-            never changed. A class without a rule here has its own ``step`` recorded, and verified
-            at its first use. A bare gradient transformation of torchopt gets an optimizer:
-            ``step.optimizers[0]``.
+        optimizer: one or several, of any class of torch.optim's form or of torchopt, of the model's
+            parameters; read at every step, never changed. A class without a rule here has its own
+            ``step`` recorded, and verified at its first use. A bare gradient transformation of
+            torchopt gets an optimizer: ``step.optimizers[0]``.
         reweighter: g, with the model's number of exits.
         reweighter_optimizer: moves the reweighter. Default: AdamW, learning rate and weight decay
             1e-4 as published; the rate of the sigmoid form is 1e-3 times the interval, up to 1e-2.
         objective: the meta loss. Default ``BudgetedObjective()``.
         interval: update the reweighter at every interval-th call of ``backward``, accumulating
-            ones too, beginning with the first. Default 1 (published: 1 CIFAR, 100 ImageNet).
-        estimator: "forward" (exact, one forward-mode pass), "finite_difference" (approximate, two
-            forwards), "unrolled" (exact, double backward, for reference), or "auto" (default):
-            forward, or another where that fails; the log says which.
-        pseudo_update: "exact" (default), or "gradient_descent": judge the weights by a plain
-            gradient step with the optimizer's learning rate. An approximation, for optimizers whose
-            own step has no derivative, as where it follows signs: the first update says so.
+            ones too, from the first on. Default 1 (published: 1 CIFAR, 100 ImageNet).
+        estimator: "forward" (exact, a forward-mode pass), "finite_difference" (approximate),
+            "unrolled" (exact, double backward), or "auto" (default): forward while that works.
+        pseudo_update: "exact" (default), or "gradient_descent": judge by a plain gradient step with
+            the optimizer's learning rate, an approximation where its own has no derivative.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
+        features: (inputs, target) → what weights may depend on besides, [B, F] or [B, T, F], for
+            ``SampleReweighter(num_features=F)``; computed without gradients.
         clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
             the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
         clip_hypergradient: what the norm of ∂L_meta/∂w is scaled down to if larger. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
-        lean: make the graph of the train batch twice, so as not to keep it during the meta pass:
-            about the memory of a plain step, for one more forward; the same results. Default False.
+        lean: make the graph of the train batch twice, not to keep it during the meta pass: about
+            the memory of a plain step, for one more forward; the same results. Default False.
         lagged: train first and learn from that step: saves a backward, or without a meta batch a
             meta pass as well, and what is learned acts one step later. Default False.
         train_fraction: the share of the train batch, drawn anew at each update, whose weights are
-            learned from; the losses have the samples first. The faster, the noisier, unbiased but
-            for batch statistics, and with dropout under other masks. Default 1.
+            learned from; the losses have the samples first. Faster and noisier; unbiased but for
+            batch statistics and masks of dropout. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the model is parallel otherwise, an argument is of another type, or, at the first
-            update, the step of the optimizer has no derivative.
+        TypeError: the model is parallel otherwise, an argument is of another type, or the optimizer
+            has, at the first update, no derivative.
         ValueError: an argument is out of range, or another on another rank.
 
     Example:
@@ -103,6 +102,7 @@ class MetaReweightStep:
         pseudo_update: Exactness = "exact",
         loss: LossFunction = exit_cross_entropy,
         exits: Callable[[Any], Any] | None = None,
+        features: FeatureFunction | None = None,
         clip_grad_norm: float | None = None,
         clip_hypergradient: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -121,7 +121,7 @@ class MetaReweightStep:
         self.reweighter_optimizer = self._learner.optimizer
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
-        self._forward = ExitForward(model, self._inner, exits, loss, compiled)
+        self._forward = ExitForward(model, self._inner, exits, loss, compiled, features)
         self._lookahead = Lookahead(
             model=self._inner,
             forward=self._forward,
@@ -203,7 +203,8 @@ class MetaReweightStep:
             with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
                 within = cache if due and not lean else None
                 batch = self._forward.spare(train) if due and lean else train
-                losses = require_graph(forward(*batch, within=within, wrapped=not unsettled))
+                losses = forward(*batch, within=within, wrapped=not unsettled)
+                losses = self._forward.with_features(require_graph(losses), spare)
                 shares = scale * losses.sample_shares()
                 grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
                 first = FirstForward(
@@ -215,9 +216,8 @@ class MetaReweightStep:
                     update = self._update(first, meta)
                     if lean:  # once more from the beginning: the same losses, a new graph
                         beginning.restore()
-                        losses = forward(*train)
-                with torch.no_grad():
-                    weights = self._learner.weights(losses)
+                        losses = forward(*train)._replace(features=losses.features)
+                weights = self._learner.weights(losses, update)
                 # Times the ranks, whose gradients DistributedDataParallel averages.
                 coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
                 # The graph may be kept for its values, not for another backward.
@@ -252,11 +252,11 @@ class MetaReweightStep:
         moved, keep = self._lookahead.moved(), not self.lean
 
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:
-            shares = require_graph(losses).sample_shares()
+            losses = self._forward.with_features(require_graph(losses), train)
+            shares = losses.sample_shares()
             first = FirstForward(train, beginning, losses, cache, moved, {}, shares, keep)
             update = self._update(first, meta)
-            with torch.no_grad():
-                return losses, self._learner.weights(losses), update
+            return losses, self._learner.weights(losses, update), update
 
         try:
             with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
@@ -278,7 +278,7 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        after, weights = Beginning(self._inner), self._learner.weights(first.losses)
+        after, weights = Beginning(self._inner), self._learner.ahead(first.losses)
         seed = self._learner.num_updates
         problem = self._lookahead.problem(first, meta, weights, seed)
         owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
@@ -291,7 +291,7 @@ class MetaReweightStep:
 
     @property
     def num_skipped(self) -> Tensor:
-        """How many updates of the reweighter were left out for a value that was not finite."""
+        """How many updates were left out for a value that was not finite."""
         return self._learner.num_skipped
 
     @property

@@ -77,8 +77,13 @@ class ReweighterLearner:
         if not self.is_trainable:
             raise ValueError("`reweighter` must have a trainable parameter to update, got none.")
 
-    def weights(self, losses: ExitLosses) -> Tensor:
-        """The weights w = g(l), shape [B, K]."""
+    @torch.no_grad()
+    def weights(self, losses: ExitLosses, update: Update | None) -> Tensor:
+        """The weights of the step, after this update if there was one, shape [B, K]."""
+        return self.ahead(losses)
+
+    def ahead(self, losses: ExitLosses) -> Tensor:
+        """The weights w = g(l) of the step that the look-ahead takes, shape [B, K]."""
         weights: Tensor = self.reweighter(losses._replace(losses=losses.losses.detach()))
         if weights.shape != losses.losses.shape:
             raise ValueError(

@@ -17,6 +17,7 @@ from reweight.batches import Batch, copied, describe, tensors_of
 from reweight.losses import ExitLosses, exit_cross_entropy, logits_kept
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
+FeatureFunction: TypeAlias = Callable[[Any, Any], Tensor]
 T = TypeVar("T")
 
 
@@ -30,6 +31,7 @@ class ExitForward:
         exits: takes the logits out of what the model returns; None if that is the logits.
         loss: (logits, target) → :class:`ExitLosses`, or the losses alone, [B, K].
         compiled: runs the model compiled, inputs → outputs, in place of all else; None for no.
+        features: inputs and target → what weights may see of each sample; None for nothing more.
     """
 
     def __init__(
@@ -39,10 +41,13 @@ class ExitForward:
         exits: Callable[[Any], Any] | None,
         loss: LossFunction,
         compiled: Callable[[Any], Any] | None = None,
+        features: FeatureFunction | None = None,
     ) -> None:
         check_function("loss", loss, "(outputs, target) → ExitLosses or losses [B, K]")
         check_function("exits", exits, "outputs of the model → logits")
+        check_function("features", features, "(inputs, target) → [B, F]")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
+        self._features = features
         self.compiled = compiled
         # Of a model whose targets stand elsewhere than its outputs, as a causal one's do.
         aligns = (vars(module).get("align_target") for module in inner.modules())
@@ -124,6 +129,36 @@ class ExitForward:
         finally:
             for parameter, value in before:
                 parameter.data.copy_(value)
+
+    def with_features(self, losses: ExitLosses, batch: Batch) -> ExitLosses:
+        """The losses, and beside them what the user's function makes of inputs and target.
+
+        A row for each row of the losses; one for each sequence counts for all its tokens.
+
+        Raises:
+            TypeError: the function gives something else than a tensor.
+            ValueError: that has other rows, or, on the CPU, holds a value that is not finite.
+        """
+        if self._features is None:
+            return losses
+        with torch.no_grad():
+            features = self._features(*batch)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"`features` must return a tensor [B, F], got {describe(features)}.")
+        num_rows, target = len(losses.losses), batch[1]
+        rows = features.flatten(0, -2) if features.dim() > 1 else features.new_empty(0)
+        num_targets = len(target) if isinstance(target, Tensor) else num_rows
+        if features.dim() == 2 and len(rows) == num_targets and num_rows % num_targets == 0:
+            rows = rows.repeat_interleave(num_rows // num_targets, 0)
+        if len(rows) != num_rows:
+            raise ValueError(
+                f"`features` must return a row for each sample, [{num_rows}, F], or of a language "
+                f"model [B, F] or [B, T, F], got {list(features.shape)}. Of one number for each "
+                "sample, return values.unsqueeze(1)."
+            )
+        if rows.device.type == "cpu" and not rows.isfinite().all():
+            raise ValueError("`features` must return finite values, got one that is not.")
+        return losses._replace(features=rows.detach())
 
     def _run(
         self, model: nn.Module, batch: Batch, within: AbstractContextManager[Any] | None
