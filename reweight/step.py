@@ -15,8 +15,9 @@ from reweight._meta.learner import ReweighterLearner
 from reweight._meta.lookahead import Lookahead
 from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by
-from reweight._passes.compiled import CompiledModel, uncompiled_if_need_be
+from reweight._passes.compiled import CompiledModel, again_if_need_be
 from reweight._passes.forward import ExitForward, FeatureFunction, LossFunction, require_graph
+from reweight._passes.hooks import GradientHooks
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning, Gradients
 from reweight._ranks.collectives import joined, num_ranks
@@ -33,10 +34,9 @@ class MetaReweightStep:
     """Takes the place of ``loss.backward()``: learns the weights, then adds the weighted gradient.
 
     The reweighter is trained by differentiating the loss on the meta batch, after the optimizer's
-    next step, with respect to the weights of that step. Everything else stays with the caller:
-    ``optimizer.step()``, clipping, accumulation, schedulers. The extra passes use batch statistics,
-    leave the buffers alone and replay the random state, so that with weights of 1 training is
-    bitwise what it would be without.
+    next step, by the weights of that step. All else stays with the caller: ``optimizer.step()``,
+    clipping, accumulation, schedulers. The extra passes use batch statistics, leave the buffers
+    alone and replay the random state: with weights of 1 training is bitwise as without.
 
     Args:
         model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
@@ -60,24 +60,22 @@ class MetaReweightStep:
         exits: takes the logits out of what the model returns. Default None: it returns them.
         features: (inputs, target) → what weights may depend on besides, [B, F] or [B, T, F], for
             ``SampleReweighter(num_features=F)``; computed without gradients.
-        clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, so that
-            the pseudo update does so too. Calling the step clips by itself. Default: no clipping.
+        clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, for the
+            pseudo update; calling the step clips by itself. Default: no clipping.
         clip_hypergradient: what the norm of ∂L_meta/∂w is scaled down to if larger. Default: any.
         scaler: the GradScaler you train with, so that gradients are scaled as by
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
-        lean: make the graph of the train batch twice, not to keep it during the meta pass: about
-            the memory of a plain step, for one more forward; the same results. Default False.
+        lean: make the graph of the train batch twice, not to keep it: about the memory of a plain
+            step, for one more forward; the same results. Default False.
         lagged: train first and learn from that step: saves a backward, or without a meta batch a
             meta pass as well, and what is learned acts one step later. Default False.
         train_fraction: the share of the train batch, drawn anew at each update, whose weights are
-            learned from; the losses have the samples first. Faster and noisier; unbiased but for
-            batch statistics and masks of dropout. Default 1.
+            learned from: noisier, but unbiased apart from batch statistics and dropout. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
             also to the norm that is clipped, is left out. Default: all of them.
 
     Raises:
-        TypeError: the model is parallel otherwise, an argument is of another type, or the optimizer
-            has, at the first update, no derivative.
+        TypeError: an argument is of another type, or the optimizer turns out without derivative.
         ValueError: an argument is out of range, or another on another rank.
 
     Example:
@@ -134,6 +132,7 @@ class MetaReweightStep:
             moves=moves,
         )
         other_ways = lagged or train_fraction < 1 or sharded_modules(self._inner) or compiled
+        self._hooks = GradientHooks(self._inner)
         self._estimator = Estimator(estimator, may_unroll=not other_ways)
         options = (estimator, interval, lean, lagged, train_fraction, clip_hypergradient)
         self._learner.require_same(options, self._group, next(model.parameters()).device)
@@ -159,7 +158,7 @@ class MetaReweightStep:
             optimizer.step()
         return result
 
-    @uncompiled_if_need_be
+    @again_if_need_be
     def backward(
         self, train: Batch, meta: Batch | None = None, *, scale: float | Tensor = 1.0
     ) -> StepResult:
@@ -192,8 +191,8 @@ class MetaReweightStep:
         due = self._learner.is_due
         moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
-        own = parameters_of(self._inner).values()
-        gradients = Gradients([*own, *held_by(self.optimizers)], copy=lagged)
+        own = [*parameters_of(self._inner).values(), *held_by(self.optimizers)]
+        gradients = Gradients(own, copy=lagged or self._hooks.exist)
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
@@ -221,7 +220,8 @@ class MetaReweightStep:
                 # Times the ranks, whose gradients DistributedDataParallel averages.
                 coefficients = self._lookahead.scaled(num_ranks() * shares * weights)
                 # The graph may be kept for its values, not for another backward.
-                losses.losses.backward(coefficients, retain_graph=lagged and not lean)
+                with self._hooks.watched(was_left_out=update is not None and not lagged):
+                    losses.losses.backward(coefficients, retain_graph=lagged and not lean)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)
@@ -239,7 +239,7 @@ class MetaReweightStep:
         self._lookahead.waiting = postponed
         return StepResult.of(losses, weights, update)
 
-    @uncompiled_if_need_be
+    @again_if_need_be
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
         """Update the reweighter and nothing else, for loops that keep their own forward.
 
@@ -255,7 +255,7 @@ class MetaReweightStep:
             losses = self._forward.with_features(require_graph(losses), train)
             shares = losses.sample_shares()
             first = FirstForward(train, beginning, losses, cache, moved, {}, shares, keep)
-            update = self._update(first, meta)
+            update = self._update(first, meta, real=False)
             return losses, self._learner.weights(losses, update), update
 
         try:
@@ -274,7 +274,7 @@ class MetaReweightStep:
         self._learner.load_state_dict(state_dict)
         self._lookahead.waiting = None
 
-    def _update(self, first: FirstForward, meta: Batch | ExitLosses) -> Update:
+    def _update(self, first: FirstForward, meta: Batch | ExitLosses, real: bool = True) -> Update:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
@@ -282,7 +282,7 @@ class MetaReweightStep:
         seed = self._learner.num_updates
         problem = self._lookahead.problem(first, meta, weights, seed)
         owned = Gradients([*problem.everything.values(), *held_by(self.optimizers)])
-        with owned.taken_away():  # a backward within the model's own may add to them
+        with owned.taken_away(), self._hooks.left_out(will_be_watched=real):  # may be added to
             hypergradient = self._estimator(problem)
         after.restore()  # buffers too: checkpointing runs the model again in each backward
         update = self._learner.learn(first.losses, weights, hypergradient)
