@@ -94,7 +94,7 @@ def again_if_need_be(method: Method) -> Method:
             try:
                 return method(step, *args, **kwargs)
             except HookChangesError:
-                step._learner.was_cold = was_cold
+                step._learner.was_cold, step._estimator.check.is_first = was_cold, True
             except NotCompiledError as error:
                 if step._forward.compiled is None:
                     raise
