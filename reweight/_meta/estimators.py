@@ -22,8 +22,7 @@ from torch import Tensor
 from reweight._checks import check_choice
 from reweight._meta.consistency import Check, both_ways
 from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
-from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import DifferenceWatch, differ
 from reweight._passes.forward_mode import (
     load_forward_mode,

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache

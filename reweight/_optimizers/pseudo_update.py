@@ -6,33 +6,23 @@ them. What ``rules`` lacks is recorded as it runs, and an optimizer of torchopt 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torchopt
 from torch import Tensor, optim
 
-from reweight._optimizers.accepted import AnyOptimizer, Exactness, Parameters, groups_of
+from reweight._optimizers.accepted import (
+    AnyOptimizer,
+    Exactness,
+    Parameters,
+    PseudoUpdate,
+    groups_of,
+)
 from reweight._optimizers.recorded_update import by_recording
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
 from reweight._optimizers.torchopt_update import by_torchopt
 from reweight._ranks.shards import local, shard_like
-
-
-class PseudoUpdate(NamedTuple):
-    """θ̂ and what had to be left out of its derivative.
-
-    Attributes:
-        gradients: what it is a function of, by name.
-        parameters: θ̂ by name, differentiable in the gradients.
-        num_zero_moments: how many entries have no derivative, because gradient and second moment
-            are both 0 there (dead units, a bias before BatchNorm), or for want of a finite slope;
-            it is taken as 0.
-    """
-
-    gradients: Parameters
-    parameters: Parameters
-    num_zero_moments: Tensor | int
 
 
 def pseudo_update(
