@@ -130,7 +130,9 @@ def unpack(batch: Any, name: str) -> Batch:
         got = type(batch).__name__
         got = f"a {got} of {len(batch)}" if isinstance(batch, tuple | list) else got
         remedy = "Several inputs go into a tuple or a dict: ((first, second), target)."
-        if isinstance(batch, Mapping):
+        if batch is None:
+            remedy = "A meta batch must be given unless lagged=True."
+        elif isinstance(batch, Mapping):
             remedy = 'Take the target out of the dict: (batch, batch.pop("labels")).'
         raise TypeError(f"{name} must be a pair (inputs, target), got {got}. {remedy}")
     inputs, target = batch

@@ -128,6 +128,7 @@ def exit_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    class_dim: int | None = None,
     impl: str = "auto",
 ) -> ExitLosses:
     """Cross-entropy of every sample at every exit; confidence and correctness from the same pass.
@@ -148,6 +149,9 @@ def exit_cross_entropy(
         class_weight: one weight per class, shape [C], multiplied into the losses. Means stay those
             over samples; for the mean of ``torch.nn.functional.cross_entropy``, over the weights,
             give ``weight=class_weight[target]`` to what is returned, by ``_replace``, instead.
+        class_dim: where the classes are in the tensor of each exit, and in probabilities as target:
+            −1, or 1 for dense logits [B, C, H, W] as PyTorch has them. Default None: last, and an
+            error where both readings fit the target.
         impl: "torch" (few PyTorch operations, for the CPU), "triton" (one launch for all exits),
             "reference" (plain differentiable operations), or "auto" (default): the first that fits,
             of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and
@@ -161,8 +165,9 @@ def exit_cross_entropy(
         TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is
             neither int64 nor floating point.
         ValueError: shapes disagree, the batch is empty, an option is out of range or not for this
-            implementation, or a target is out of range. That is checked on the CPU; on other
-            devices PyTorch's own assertion reports it, or the loss is NaN (Triton).
+            implementation, or a target is out of range or of rows that do not sum to 1. That is
+            checked on the CPU; on other devices PyTorch's own assertion reports it, or the loss is
+            NaN (Triton, probabilities).
 
     Example:
         >>> early = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -176,7 +181,9 @@ def exit_cross_entropy(
                 [ True, False]])
     """
     check_share("label_smoothing", label_smoothing)
-    exits = exits_of("logits", logits, target)
+    if class_dim not in (None, -1) and isinstance(target, Tensor) and target.is_floating_point():
+        target = target.movedim(class_dim, -1)
+    exits = exits_of("logits", logits, target, class_dim)
     nums_classes = [z.shape[-1] for z in exits]
     if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
         raise ValueError(
@@ -189,7 +196,8 @@ def exit_cross_entropy(
         rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
     else:
-        tensors = [logits] if isinstance(logits, Tensor) else exits
+        moved = class_dim not in (None, -1)
+        tensors = [logits] if isinstance(logits, Tensor) and not moved else exits
         rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
         kept = _LOGITS_KEPT.get()
         results = fused(rows, classes, ignore, label_smoothing, implementation, kept)

@@ -79,13 +79,14 @@ class Check:
 
     Attributes:
         failures: in how many updates in a row they did not.
+        is_first: whether the next is to be looked at, whatever the one before came to.
     """
 
     def __init__(self, ladder: Ladder, *, is_coarse: bool) -> None:
         self.is_coarse, self.failures, self._ladder = is_coarse, 0, ladder
         self._precision = 0.0  # of the numbers inside the model, where they are coarser
         self._expected: tuple[Later, float] | None = None
-        self._is_first = True
+        self.is_first = True
 
     def expect(self, difference: Tensor | None, precision: float) -> None:
         """Take note of what an update came to, to look at in the next one."""
@@ -109,8 +110,8 @@ class Check:
         """
         expected, self._expected = self._expected, None
         has_failed = expected is not None and expected[0].read() > expected[1]
-        look = has_failed or (self._is_first and num_ranks() == 1)  # ranks would have to send
-        self._is_first = False
+        look = has_failed or (self.is_first and num_ranks() == 1)  # ranks would have to send
+        self.is_first = False
         difference = self.difference(problem, parts) if look else None
         if difference is None:
             self.failures = 0

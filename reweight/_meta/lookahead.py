@@ -89,12 +89,25 @@ class Lookahead:
                 )
         return moved
 
+    def require_unscaled(self) -> None:
+        """Raise ValueError if the optimizer is stepped by a GradScaler."""
+        if self.scaler is not None and self.scaler.is_enabled():
+            raise ValueError(
+                "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
+                "and scaler.update() in its place."
+            )
+
+    def clip(self) -> None:
+        """Clip ``.grad`` as the look-ahead has done."""
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.held().values(), self.clip_grad_norm)
+
     def scaled(self, tensor: Tensor) -> Tensor:
         """What a gradient is to begin with, where a GradScaler is in use."""
         return tensor if self.scaler is None else self.scaler.scale(tensor)
 
     def beside(
-        self, accumulated: Parameters, losses: ExitLosses, moved: Parameters, scale: float
+        self, accumulated: Parameters, losses: ExitLosses, moved: Parameters, scale: float | Tensor
     ) -> Parameters:
         """What the gradient of the weighted losses is added to, that of the auxiliary loss as well.
 
@@ -112,7 +125,7 @@ class Lookahead:
         found = torch.autograd.grad(
             auxiliary,
             list(moved.values()),
-            self.scaled(torch.full_like(auxiliary, scale)),
+            self.scaled(scale * torch.ones_like(auxiliary)),
             retain_graph=True,
             allow_unused=True,
         )
@@ -120,13 +133,15 @@ class Lookahead:
         both = {n: g + accumulated[n] if n in accumulated else g for n, g in gradients.items()}
         return {**accumulated, **both}
 
-    def backward(self, losses: ExitLosses, factors: Tensor, scale: float, *, keep: bool) -> None:
+    def backward(
+        self, losses: ExitLosses, factors: Tensor, scale: float | Tensor, *, keep: bool
+    ) -> None:
         """The gradient of L_tr into ``.grad``, with these factors of the losses."""
         # Times the ranks, whose gradients DistributedDataParallel averages.
         outputs, cotangents = [losses.losses], [self.scaled(num_ranks() * factors)]
         if losses.auxiliary is not None and losses.auxiliary.requires_grad:
             outputs.append(losses.auxiliary)
-            cotangents.append(self.scaled(torch.full_like(losses.auxiliary, scale)))
+            cotangents.append(self.scaled(scale * torch.ones_like(losses.auxiliary)))
         torch.autograd.backward(outputs, cotangents, retain_graph=keep)
 
     def problem(

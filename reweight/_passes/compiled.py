@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from reweight._passes.forward import call
 from reweight._passes.forward_mode import TangentsWithGradients, plain_attention
 from reweight._passes.functional import run_with
+from reweight._passes.hooks import HookChangesError
 from reweight._passes.ladder import NotCompiledError
 from reweight._structure import structure_of
 
@@ -85,20 +86,27 @@ class CompiledModel:
         return tree_unflatten(outputs, form)
 
 
-def uncompiled_if_need_be(method: Method) -> Method:
-    """Makes a call of the step's begin once more without compilation, where a pass has none."""
+def again_if_need_be(method: Method) -> Method:
+    """Makes a call of the step's begin once more, as if it had not been.
+
+    Without compilation, where a pass has none; with the hooks that turned out to belong to it.
+    """
 
     @functools.wraps(method)
     def run(step: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(step, *args, **kwargs)
-        except NotCompiledError as error:
-            step._forward.compiled = None
-            step._lookahead.waiting = None  # whose masks may be compiled code's
-            _logger.warning(
-                "The model runs uncompiled from here on: %s", str(error).strip().splitlines()[0]
-            )
-        return method(step, *args, **kwargs)
+        while True:
+            was_cold = step._learner.was_cold
+            try:
+                return method(step, *args, **kwargs)
+            except HookChangesError:
+                step._learner.was_cold, step._estimator.check.is_first = was_cold, True
+            except NotCompiledError as error:
+                if step._forward.compiled is None:
+                    raise
+                step._forward.compiled = None
+                step._lookahead.waiting = None  # whose masks may be compiled code's
+                reason = str(error).strip().splitlines()[0]
+                _logger.warning("The model runs uncompiled from here on: %s", reason)
 
     return run  # type: ignore[return-value]
 
