@@ -22,6 +22,7 @@ class DifferenceWatch(TorchFunctionMode):
     def __init__(self, ladder: Ladder) -> None:
         super().__init__()
         self._ladder, self.precision = ladder, 0.0
+        self._without_graph = False  # by no_grad, and not inside of a custom Function
         self.cuts: list[Tensor] = []
 
     def __torch_function__(
@@ -31,8 +32,10 @@ class DifferenceWatch(TorchFunctionMode):
         if func in GRADIENTS:
             return self._ladder.gradient(func, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            self._without_graph = args == (False,)
         if isinstance(result, Tensor) and result.is_floating_point():
-            if func in _CUTS or not torch.is_grad_enabled():
+            if func in _CUTS or self._without_graph:
                 wide = torch.float32 if result.device.type == "mps" else torch.float64
                 self.cuts.append(result.detach().sum(dtype=wide))
             self.precision = max(self.precision, torch.finfo(result.dtype).eps)
