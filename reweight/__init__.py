@@ -1,6 +1,6 @@
 """Meta-learned per-sample, per-exit loss weights for any PyTorch model and optimizer."""
 
-from reweight.batches import swap_halves
+from reweight.batches import balanced_split, swap_halves
 from reweight.budget import (
     BudgetPoint,
     anytime_accuracy,
@@ -31,6 +31,7 @@ __all__ = [
     "StepCheck",
     "StepResult",
     "anytime_accuracy",
+    "balanced_split",
     "budgeted_curve",
     "choose_exits",
     "exit_costs",

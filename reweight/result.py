@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     Attributes:
         losses: l[i,k], and with them confidence, correctness and validity of every sample.
         weights: w[i,k] after the update of the reweighter, shape [B, K].
-        train_loss: L_tr with these weights, scalar.
+        train_loss: L_tr with these weights, the auxiliary loss added, scalar.
         meta_loss: L_meta at the updated parameters, scalar; None where the step had no meta update.
         exit_shares: share of the meta samples each exit was judged on, shape [K], or None.
         hypergradient_norm: Euclidean norm of ∂L_meta/∂w, scalar, or None.
@@ -75,7 +75,7 @@ class StepResult(NamedTuple):
         parts = [f"train loss {self.train_loss.item():.4f}"]
         if self.meta_loss is not None:
             parts.append(f"meta loss {self.meta_loss.item():.4f}")
-        valid = self.losses.valid
+        valid = self.losses.valid  # [B] or [B, K]
         weights = self.weights if valid is None else self.weights[valid]
         if weights.numel():
             parts.append(f"weights {weights.min().item():.2f}…{weights.max().item():.2f}")
@@ -117,6 +117,9 @@ class StepResult(NamedTuple):
         """The report of a step with these losses and weights, and perhaps an update."""
         losses = losses._replace(losses=losses.losses.detach())
         train_loss = losses.mean_over_samples(weights * losses.losses).sum()
+        auxiliary = None if losses.auxiliary is None else losses.auxiliary.detach()
+        if auxiliary is not None:
+            losses, train_loss = losses._replace(auxiliary=auxiliary), train_loss + auxiliary
         if update is None:
             return cls(losses, weights, train_loss)
         return cls(

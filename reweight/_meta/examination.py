@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reweight._meta.lookahead import Lookahead
 from reweight._optimizers.pseudo_update import way_of
 from reweight._passes.forward import ExitForward
 from reweight._passes.snapshots import Beginning, Gradients
-from reweight.batches import Batch, num_samples, rows_of
+from reweight.batches import Batch, num_samples, rows_of, unpack
 from reweight.losses import ExitLosses
 from reweight.result import StepCheck, StepResult
 
@@ -36,6 +36,7 @@ def examine(
         train: inputs and target.
         meta: inputs and target.
     """
+    train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
     model, optimizers, exactness = lookahead.model, lookahead.optimizers, lookahead.exactness
     twin = _twin(step)
     with _said() as messages:
@@ -157,8 +158,7 @@ def _cost(
 def _hooks(model: nn.Module) -> Iterator[str]:
     """Which parameters and modules have hooks that see, and may change, gradients."""
     for name, parameter in model.named_parameters():
-        hooks: dict[int, Callable[[Tensor], object]] | None = parameter._backward_hooks
-        if hooks:
+        if parameter._backward_hooks:
             yield f"parameter {name}"
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:

@@ -115,6 +115,7 @@ class MetaProblem:
         model: whose parameters these are.
         objective: losses of the meta batch → L_meta.
         first: the forward at θ.
+        after: what the forward of the meta batch begins with.
         rows: what the estimator sees of its batch; None for all.
         meta: the meta batch; or its losses with their graph, where it has gone through the updated
             model already.
@@ -132,6 +133,7 @@ class MetaProblem:
     model: nn.Module
     objective: Objective
     first: FirstForward
+    after: Beginning
     rows: Tensor | None
     meta: Batch | ExitLosses
     weights: Tensor
@@ -143,7 +145,7 @@ class MetaProblem:
     precision: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._after, self.everything = Beginning(self.model), parameters_of(self.model)
+        self.everything = parameters_of(self.model)
         self.precision = working_precision(self.first.moved)
 
     def meta_loss(self, at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
@@ -158,8 +160,8 @@ class MetaProblem:
 
         if isinstance(meta, ExitLosses):
             return then(meta)
-        self._after.replay()
-        return self.forward.at(at, self._after.buffers, *meta, then)
+        self.after.replay()
+        return self.forward.at(at, self.after.buffers, *meta, then)
 
     def replay(
         self,

@@ -19,9 +19,7 @@ from reweight._optimizers.accepted import (
     PseudoUpdate,
     groups_of,
 )
-from reweight._optimizers.recorded_update import by_recording
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._optimizers.torchopt_update import by_torchopt
 from reweight._ranks.shards import local, shard_like
 
 
@@ -64,6 +62,8 @@ def pseudo_update(
             own = {name: gradients.get(name) for held in groups for name in held}
             if any(gradient is not None for gradient in own.values()):
                 by_id = {id(parameters[name]): gradient for name, gradient in own.items()}
+                from reweight._optimizers.recorded_update import by_recording  # rarely needed
+
                 moved = by_recording(optimizer, by_id, num_zero_moments)
                 updated.update((names[key], parameter) for key, parameter in moved.items())
             continue
@@ -115,6 +115,8 @@ def _by_group(
         rate = -group["lr"] if group.get("maximize") else group["lr"]
         return [p - rate * g for p, g in zip(parameters, gradients, strict=True)], 0
     if isinstance(optimizer, torchopt.Optimizer):
+        from reweight._optimizers.torchopt_update import by_torchopt
+
         return by_torchopt(optimizer, index, parameters, gradients)
     return _by_rule(optimizer, group, parameters, gradients)
 
@@ -124,7 +126,7 @@ def _by_rule(
 ) -> tuple[list[Tensor], Tensor]:
     """One group, shard by shard."""
     states = [optimizer.state.get(p, {}) for p in parameters]
-    moved = list(parameters)
+    found: list[Any] = [None] * len(parameters)
     num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
     for members in _together(parameters, states):
         chosen = [local(parameters[i]) for i in members]
@@ -145,9 +147,9 @@ def _by_rule(
             num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
             slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
         for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
-            shards = [shard_like(gradients[i], part) for part in (value, slope)]
-            moved[i] = _Moved.apply(gradients[i], *shards)  # type: ignore[no-untyped-call]
-    return moved, num_zero
+            found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
+    moved, slopes = zip(*found, strict=True)
+    return list(_Moved.apply(slopes, *gradients, *moved)), num_zero  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -165,16 +167,21 @@ def _moved(
 
 
 class _Moved(torch.autograd.Function):
-    """θ̂ as a function of the gradient, entry by entry, when it is known together with its slope."""
+    """θ̂ as a function of the gradients, entry by entry, when it is known with its slopes."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, value: Tensor, slope: Tensor | float) -> Tensor:
-        ctx.slope = slope
-        return value
+    def forward(ctx: Any, slopes: Sequence[Tensor | float], *tensors: Tensor) -> Any:
+        ctx.slopes = slopes
+        ctx.set_materialize_grads(False)
+        return tensors[len(slopes) :]  # after as many gradients
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        return (cotangent * ctx.slope).to(cotangent.dtype), None, None
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if cotangent is None else (cotangent * slope).to(cotangent.dtype)
+            for cotangent, slope in zip(cotangents, ctx.slopes, strict=True)
+        ]
+        return None, *gradients, *(None for _ in cotangents)
 
 
 _SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does

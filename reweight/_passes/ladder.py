@@ -110,6 +110,7 @@ class Ladder:
     def __init__(self) -> None:
         self.ways: dict[str, Rung] = {}
         self.needs_graph = self.has_seen_uncompiled = False
+        self.has_looked_for_cuts = False  # from the graph: finite differences do, once
         self._rules: set[str] = set()  # forward rules of custom Functions
         self._rungs: dict[Any, Rung] = dict.fromkeys(_NOT_BY_FORWARD_MODE, Rung.BACKWARD)
         self.told: dict[str, Rung] = {}
