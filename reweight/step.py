@@ -60,8 +60,7 @@ class MetaReweightStep:
             the optimizer's learning rate, an approximation where its own has no derivative.
         loss: (logits, target) → :class:`ExitLosses` or losses [B, K].
         exits: takes the logits out of what the model returns. Default None: it returns them.
-        features: (inputs, target) → what weights may depend on besides, [B, F] or [B, T, F], for
-            ``SampleReweighter(num_features=F)``; computed without gradients.
+        features: (inputs, target) → what weights may see besides, [B, F] or [B, T, F].
         clip_grad_norm: the norm to which you clip the gradient before ``optimizer.step()``, for the
             pseudo update; calling the step clips by itself. Default: no clipping.
         clip_hypergradient: what the norm of ∂L_meta/∂w is scaled down to if larger. Default: any.
@@ -69,8 +68,8 @@ class MetaReweightStep:
             ``scaler.scale(loss).backward()``. It is never stepped, updated or unscaled here.
         lean: make the graph of the train batch twice, not to keep it: about the memory of a plain
             step, for one more forward; the same results. Default False.
-        lagged: train first and learn from that step: saves a backward, or without a meta batch a
-            meta pass as well, and what is learned acts one step later. Default False.
+        lagged: train first and learn from that step, which acts one step later: saves a backward,
+            or without a meta batch a meta pass as well. Default False.
         train_fraction: the share of the train batch, drawn anew, that an update learns from; losses
             have the samples first. Noisier, unbiased but for BatchNorm and dropout. Default 1.
         moves: parameter name → whether the look-ahead moves it: what the weights do through others,
@@ -121,6 +120,7 @@ class MetaReweightStep:
         self.reweighter_optimizer = self._learner.optimizer
         alone = self._group is None and estimator in ("auto", "forward")
         compiled = CompiledModel.of(self._inner) if alone else None
+        loss = self._learner.loss(loss)
         self._forward = ExitForward(model, self._inner, exits, loss, compiled, features)
         self._lookahead = Lookahead(
             model=self._inner,
