@@ -112,7 +112,7 @@ def test_weights_have_the_dtype_of_the_losses(dtype) -> None:
     ("options", "message"),
     [
         ({"num_exits": 0}, "num_exits"),
-        ({"num_exits": 2, "form": "relu"}, "`form` must be one of tanh, sigmoid, predicted, got 'relu'"),
+        ({"num_exits": 2, "form": "relu"}, "must be one of tanh, sigmoid, predicted, got 'relu'"),
         ({"num_exits": 2, "average_over": "row"}, "average_over"),
         ({"num_exits": 2, "inputs": "loss"}, "inputs"),
         ({"num_exits": 2, "strength": -0.1}, "strength"),
