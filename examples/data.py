@@ -123,6 +123,7 @@ def load_data(
     *,
     seed: int = 0,
     label_noise: float = 0.0,
+    neighbours: bool = False,
     long_tail: float = 1.0,
     train_size: int | None = None,
     download: bool = False,
@@ -139,6 +140,7 @@ def load_data(
         data_dir: Where the files are; by default data/NAME, then /usr/share/datasets/NAME.
         seed: Of every random choice made here. The global random state plays no part.
         label_noise: Share of the training labels replaced by a different class, drawn uniformly.
+        neighbours: Take the next class in place of one drawn, the first after the last.
         long_tail: How many times more samples the first class keeps than the last: class c of C
             keeps the largest class's number times `long_tail ** (-c / (C - 1))`, if it has them.
         train_size: How many training samples to keep, of each class in proportion, before the
@@ -175,7 +177,7 @@ def load_data(
     tail = long_tail ** (-torch.arange(num_classes) / max(num_classes - 1, 1))
     quota = (labels[train].bincount().max() * tail).round().clamp_min(1)
     train = train[_rank_in_class(labels[train]) < quota[labels[train]]]
-    train_labels = _mislabel(labels[train], label_noise, num_classes, generator)
+    train_labels = _mislabel(labels[train], label_noise, neighbours, num_classes, generator)
 
     parts: tuple[_Part, _Part, _Part]
     if name == "imagefolder":
@@ -230,9 +232,12 @@ def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[place.argsort(stable=True)]
 
 
-def _mislabel(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:
+def _mislabel(
+    labels: Tensor, share: float, neighbours: bool, num_classes: int, generator: torch.Generator
+) -> Tensor:
     wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    offset = torch.randint(1, max(num_classes, 2), wrong.shape, generator=generator)
+    bound = 2 if neighbours else max(num_classes, 2)
+    offset = torch.randint(1, bound, wrong.shape, generator=generator)
     noisy = labels.clone()
     noisy[wrong] = (noisy[wrong] + offset) % num_classes
     return noisy

@@ -109,6 +109,7 @@ def exit_cross_entropy(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     impl: str = "auto",
+    probabilities: bool = False,
 ) -> ExitLosses:
     """Cross-entropy of every sample at every exit; confidence and correctness from the same pass.
 
@@ -131,6 +132,8 @@ def exit_cross_entropy(
             of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and
             label smoothing or class weights but not both; "auto" takes the reference for the rest.
             Under ``torch.compile``, which fuses it, and ``torch.func`` all are the reference.
+        probabilities: give the mean over the exits of what they hold probable, [B, C], as features,
+            for a reweighter that sees them. Default False.
 
     Returns:
         :class:`ExitLosses` with B·T samples where the target is [B, T].
@@ -175,7 +178,16 @@ def exit_cross_entropy(
             factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
             factor = torch.where(valid, factor, 1).unsqueeze(1)
             results = results[0] * factor, *results[1:]
-    return ExitLosses(*results, valid, classes)
+    features = None
+    if probabilities:
+        if len(set(nums_classes)) > 1:
+            raise ValueError(
+                "`probabilities` must be left out where exits have different classes, got "
+                f"{nums_classes} of them."
+            )
+        softmax = [z.reshape(len(valid), -1).softmax(1, results[0].dtype) for z in exits]
+        features = torch.stack(softmax).mean(0)
+    return ExitLosses(*results, valid, classes, features)
 
 
 def linear_exit_cross_entropy(

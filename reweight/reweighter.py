@@ -14,8 +14,8 @@ from reweight.losses import ExitLosses
 class SampleReweighter(nn.Module):
     """Predicts the weights w = g(l) of every sample at every exit from its own losses.
 
-    ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of two forms makes weights of
-    its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
+    ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of three forms makes weights
+    of its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
 
         tanh      w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
         sigmoid   w = sigmoid(raw) / mean(sigmoid(raw))
@@ -23,21 +23,30 @@ class SampleReweighter(nn.Module):
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
     1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
     is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0,
-    which is what noisy labels need.
+    which is what noisy labels need. A third form predicts −∂L_meta/∂w itself, by regression on the
+    last ten batches that were judged, and makes of it what :class:`DirectWeights` make of the real
+    one (L2RW), at the cost of an interval::
+
+        predicted  w = max(0, raw) / mean(max(0, raw))
+
+    It learns from the first update on, and for wrong labels of a kind it must see the label and the
+    class that the model holds probable: ``num_classes=C, num_features=C`` here and
+    ``loss=partial(exit_cross_entropy, probabilities=True)`` in the step. With losses alone it is no
+    better than none. Its meta loss is by default the mean.
 
     Args:
         num_exits: K.
-        form: "tanh" (default for K > 1) or "sigmoid" (default for K = 1).
+        form: "tanh" (default for K > 1), "sigmoid" (default for K = 1) or "predicted".
         average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
-            each exit over the "samples" of the batch (default for sigmoid), or over "both".
+            each exit over the "samples" of the batch (default for the others), or over "both".
         strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
-            for CIFAR (0.3 for ImageNet, with the mean over both). Not for sigmoid.
+            for CIFAR (0.3 for ImageNet, with the mean over both). For tanh alone.
         inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
         num_classes: C, for g to see the label too, one of C columns, or the probabilities of a soft
             target. Default: no label, as published.
         num_features: F, for g to see the features too, what ``features=`` of the step gives for
             each sample, [B, F]. Default: none.
-        num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
+        num_hidden: width of the hidden layer. Default 500 for tanh, 100 for the others.
 
     Raises:
         TypeError: an argument is of another type.
@@ -60,7 +69,7 @@ class SampleReweighter(nn.Module):
         self,
         num_exits: int,
         *,
-        form: Literal["tanh", "sigmoid"] | None = None,
+        form: Literal["tanh", "sigmoid", "predicted"] | None = None,
         average_over: Literal["exits", "samples", "both"] | None = None,
         strength: float | None = None,
         inputs: Literal["losses", "confidences", "both"] = "losses",
@@ -71,7 +80,7 @@ class SampleReweighter(nn.Module):
         super().__init__()
         check_whole("num_exits", num_exits)
         form = form or ("sigmoid" if num_exits == 1 else "tanh")
-        check_choice("form", form, ("tanh", "sigmoid"))
+        check_choice("form", form, ("tanh", "sigmoid", "predicted"))
         average_over = average_over or ("exits" if form == "tanh" else "samples")
         check_choice("average_over", average_over, ("exits", "samples", "both"))
         check_choice("inputs", inputs, ("losses", "confidences", "both"))
@@ -80,9 +89,9 @@ class SampleReweighter(nn.Module):
                 "`average_over` must be 'samples' for a single exit: the mean over the exits would "
                 "make every weight 1."
             )
-        if strength is not None and form == "sigmoid":
+        if strength is not None and form != "tanh":
             raise ValueError(
-                f"`strength` must be left out of form='sigmoid', got {strength}. For weights of 1 "
+                f"`strength` must be left out of form={form!r}, got {strength}. For weights of 1 "
                 "take form='tanh' with strength=0."
             )
         strength = 0.8 if strength is None else strength
@@ -104,6 +113,9 @@ class SampleReweighter(nn.Module):
             nn.ReLU(),
             nn.Linear(num_hidden, num_exits),
         )
+        if form == "predicted":  # nothing, at first: all weights are 1
+            for parameter in self.network[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, losses: ExitLosses | Tensor) -> Tensor:
         """Weights of every sample at every exit. No gradient flows back into the losses.
@@ -121,8 +133,12 @@ class SampleReweighter(nn.Module):
                 where the network wants them.
         """
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
-        raw: Tensor = self.network(self._seen(exit_losses)).to(exit_losses.losses)
-        if self.form == "sigmoid":
+        raw: Tensor = self.network(self.seen(exit_losses)).to(exit_losses.losses)
+        if self.form == "predicted":
+            positive = raw.clamp(min=0)
+            mean = self._mean(positive, exit_losses)
+            weights = torch.where(mean > 0, positive / mean.clamp(min=1e-6), 1)
+        elif self.form == "sigmoid":
             # Over the largest of those averaged, so that they never all underflow.
             logarithm = F.logsigmoid(raw)
             positive = (logarithm - self._largest(logarithm.detach(), exit_losses)).exp()
@@ -134,7 +150,7 @@ class SampleReweighter(nn.Module):
             weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
         return weights
 
-    def _seen(self, exit_losses: ExitLosses) -> Tensor:
+    def seen(self, exit_losses: ExitLosses) -> Tensor:
         """What the network sees, a row for each sample."""
         losses, confidence = exit_losses.losses, exit_losses.confidence
         if losses.dim() != 2 or losses.shape[1] != self.num_exits:

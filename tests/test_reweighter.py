@@ -112,7 +112,10 @@ def test_weights_have_the_dtype_of_the_losses(dtype) -> None:
     ("options", "message"),
     [
         ({"num_exits": 0}, "num_exits"),
-        ({"num_exits": 2, "form": "relu"}, "`form` must be one of tanh, sigmoid, got 'relu'"),
+        (
+            {"num_exits": 2, "form": "relu"},
+            "`form` must be one of tanh, sigmoid, predicted, got 'relu'",
+        ),
         ({"num_exits": 2, "average_over": "row"}, "average_over"),
         ({"num_exits": 2, "inputs": "loss"}, "inputs"),
         ({"num_exits": 2, "strength": -0.1}, "strength"),
@@ -230,3 +233,20 @@ def test_without_them_nothing_has_changed() -> None:
 def test_what_the_network_wants_and_does_not_get_is_named(options, carried, message) -> None:
     with pytest.raises(ValueError, match=message):
         SampleReweighter(2, **options)(ExitLosses(torch.rand(2, 2), **carried))
+
+
+def test_predicted_weights_are_one_until_something_is_known_and_then_the_positive_part() -> None:
+    reweighter = SampleReweighter(2, form="predicted").double()
+    losses = torch.rand(5, 2, dtype=torch.float64)
+    assert torch.equal(reweighter(losses), torch.ones_like(losses))
+    with torch.no_grad():
+        reweighter.network[-1].weight.normal_()
+        middle = reweighter.network(losses)[:, 0].median()
+        reweighter.network[-1].bias.copy_(torch.stack([-middle, middle.new_tensor(-100)]))
+        raw = reweighter.network(losses)
+        weights = reweighter(losses)
+    assert (raw[:, 1] < 0).all()
+    assert (raw[:, 0] > 0).any()
+    positive = raw[:, 0].clamp(min=0)
+    torch.testing.assert_close(weights[:, 0], positive / positive.mean())
+    assert torch.equal(weights[:, 1], torch.ones(5, dtype=torch.float64))  # no better guess

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from reweight._meta.learner import ReweighterLearner
+from reweight._meta.predicted import PredictedLearner
 from reweight._meta.problem import Hypergradient
 from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses
@@ -61,7 +62,9 @@ def learner_of(
             that they are of, or by something that is for networks.
     """
     if not isinstance(reweighter, DirectWeights):
-        return ReweighterLearner(reweighter, optimizer, interval, clip_hypergradient)
+        predicted = getattr(reweighter, "form", None) == "predicted"
+        kind = PredictedLearner if predicted else ReweighterLearner
+        return kind(reweighter, optimizer, interval, clip_hypergradient)
     for name, given, why in (
         ("lagged=True", lagged, "a step that is judged when it has been taken has its weights"),
         ("`interval`", interval != 1, "a batch that is not judged has no weights of its own"),

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class ReweighterLearner:
 
     default_objective: Callable[[], Objective] = BudgetedObjective
     begins_at_zero = False  # the look-ahead, in its weights
+    num_steps = 1  # of the optimizer, at each update
 
     def __init__(
         self,
@@ -115,21 +117,31 @@ class ReweighterLearner:
             self.num_skipped, self.num_updates = counts
 
         self.optimizer.zero_grad(set_to_none=True)  # the user may have run a backward through it
-        # The very first step makes the optimizer's state and so waits for the device to say whether
-        # to take it; from then on a step that is not to be is taken back where it happens.
-        if weights.requires_grad and (self._has_stepped or bool(ok)):
-            weights.backward(value)
+        descend = self._descent(losses, weights, value, ok)
+        for _ in range(self.num_steps if weights.requires_grad else 0):
+            # The very first step makes the optimizer's state and so waits for the device to say if
+            # it is to be taken; from then on one that is not to be is taken back where it happens.
+            if not self._has_stepped and not bool(ok):
+                break
+            descend()
             own = {str(i): parameter for i, parameter in enumerate(before.parameters)}
             for name, gradient in sums_by_name(gradients_of(own), own).items():
                 own[name].grad = gradient
-            taken = step_where(self.optimizer, ok, before)
+            last = before if self.num_steps == 1 else Snapshot(self.optimizer)
+            taken = step_where(self.optimizer, ok, last)
             if not self._has_stepped and not bool(taken):
-                before.restore()
+                last.restore()
             else:
                 self._has_stepped = True
-            nonfinite = torch.cat([nonfinite[:3], (ok & ~taken).view(1)])
+            nonfinite[3:] |= ok & ~taken
         self._count(nonfinite)
         return update._replace(nonfinite=nonfinite, undo=undo)
+
+    def _descent(
+        self, losses: ExitLosses, weights: Tensor, value: Tensor, ok: Tensor
+    ) -> Callable[[], None]:
+        """What adds ∂L_meta/∂Θg to ``.grad``: this rank's part."""
+        return partial(weights.backward, value)
 
     def _count(self, nonfinite: Tensor) -> None:
         self.num_updates += 1
@@ -233,7 +245,8 @@ def _optimizer_for(
     Adam's epsilon far below what a hypergradient may be.
 
     The sigmoid form's learning rate, published for an update at every step, grows with the
-    interval: with a tenth of the updates, ten times the rate was needed, and enough.
+    interval: with a tenth of the updates, ten times the rate was needed, and enough. That of the
+    predicted form is of a regression.
 
     Raises:
         TypeError: it is no optimizer.
@@ -241,8 +254,8 @@ def _optimizer_for(
     """
     own = {id(parameter) for parameter in reweighter.parameters()}
     if optimizer is None:
-        sigmoid = getattr(reweighter, "form", None) == "sigmoid"
-        lr = 1e-3 * min(interval, 10) if sigmoid else 1e-4
+        form = getattr(reweighter, "form", None)
+        lr = {"sigmoid": 1e-3 * min(interval, 10), "predicted": 1e-2}.get(str(form), 1e-4)
         return AdamW(reweighter.parameters(), lr=lr, eps=1e-16, weight_decay=1e-4) if own else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(

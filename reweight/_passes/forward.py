@@ -202,8 +202,10 @@ class ExitForward:
                 "`loss` must return ExitLosses or a tensor of losses [samples, exits], got "
                 f"{type(result).__name__}."
             )
-        if exit_losses.confidence is not None:
-            exit_losses = exit_losses._replace(confidence=exit_losses.confidence.detach())
+        for name in ("confidence", "features"):
+            beside = getattr(exit_losses, name)
+            if beside is not None:
+                exit_losses = exit_losses._replace(**{name: beside.detach()})
         if exit_losses.losses.dim() != 2 or exit_losses.losses.numel() == 0:
             raise ValueError(
                 "`loss` must return losses of shape [samples, exits], one row for each sample, got "
