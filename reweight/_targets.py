@@ -9,8 +9,13 @@ from reweight._kernels.dispatch import is_traced
 from reweight.batches import describe
 
 
-def exits_of(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """The tensor of each exit, [*S, C_k], whatever form they came in."""
+def exits_of(
+    name: str, tensors: Tensor | Sequence[Tensor], target: Tensor, class_dim: int | None = -1
+) -> list[Tensor]:
+    """The tensor of each exit, [*S, C_k], whatever form they came in.
+
+    ``class_dim`` is where the classes are in each; None for last, if that is the only reading.
+    """
     if not isinstance(target, Tensor) or not (
         target.dtype == torch.int64 or (target.is_floating_point() and target.dim() > 1)
     ):
@@ -35,6 +40,8 @@ def exits_of(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> l
             f"exit, got {describe(tensors)}. Pass `exits=`, a function that takes the logits out "
             "of what the model returns."
         )
+    if class_dim not in (None, -1):
+        exits = [each.movedim(class_dim, -1) if each.dim() > 1 else each for each in exits]
     classes = "C" if target.dtype == torch.int64 else target.shape[-1]
     for index, each in enumerate(exits):
         if not each.is_floating_point():
@@ -43,6 +50,20 @@ def exits_of(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> l
             raise ValueError(
                 f"`logits` of exit {index} must be of two classes or more, got {list(each.shape)}: "
                 "of one it is always 0. Pass `loss=`, (outputs, target) → losses [B, K]."
+            )
+        # Of a class index for each token or pixel; PyTorch has the classes second.
+        second = class_dim is None and len(samples) > 1 and target.dtype == torch.int64
+        second = second and (*each.shape[:1], *each.shape[2:]) == samples
+        if second and each.shape[:-1] == samples:
+            raise ValueError(
+                f"`{name}` of exit {index} can be read in two ways, {list(each.shape)}: with the "
+                "classes last, or second as in torch.nn.functional.cross_entropy. Pass "
+                "class_dim=-1 or class_dim=1."
+            )
+        if second:
+            raise ValueError(
+                f"`{name}` of exit {index} must have the classes last, {[*samples, classes]}, got "
+                f"{list(each.shape)}. Pass class_dim=1, or {name}.movedim(1, -1)."
             )
         if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
             raise ValueError(
@@ -59,7 +80,7 @@ def classes_of(
 ) -> tuple[Tensor, Tensor, int | None]:
     """The target, one row for each sample; which samples count; ignore_index, None if all do."""
     if target.is_floating_point():
-        target = target.flatten(0, -2)
+        target = _probabilities(target.flatten(0, -2))
         return target, torch.ones(len(target), dtype=torch.bool, device=target.device), None
     target = target.flatten()
     valid = target != ignore_index
@@ -78,3 +99,23 @@ def classes_of(
             f"{target[wrong][0].item()}."
         )
     return target, valid, ignore_index
+
+
+def _probabilities(target: Tensor) -> Tensor:
+    """The rows of a target [N, C], or an error if they are no probabilities; NaN on a GPU."""
+    if is_traced():
+        return target
+    rows = target.detach()
+    sums = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    # Coarser than what bfloat16 makes of many classes.
+    wrong = ((sums - 1).abs() > 0.01) | (rows.amin(1) < 0)
+    if target.device.type != "cpu":
+        return target.masked_fill(wrong.unsqueeze(1), torch.nan)
+    if wrong.any():
+        raise ValueError(
+            "`target` must hold probabilities, in rows that sum to 1, or class indices as int64, "
+            f"got a row that sums to {sums[wrong][0].item():.3g}. For several labels of a sample, "
+            "or numbers to regress on, pass `loss=`, (outputs, target) → losses [B, K]: "
+            "binary_cross_entropy_with_logits(z, target, reduction='none').mean(1) of each exit."
+        )
+    return target

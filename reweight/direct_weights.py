@@ -16,9 +16,9 @@ class DirectWeights(nn.Module):
     on small data, and where the losses tell nothing of a wrong label. For clean meta data: what is
     known of a sample is what one meta batch says, and the weights of every batch need an update.
 
-    The weights of each exit average 1 over the samples, of all ranks. Two things keep that from
-    going wrong, which it did: a few samples of a batch with all of its weight are a batch of a few
-    samples at a learning rate for many, and the network dies of the step::
+    The weights of each exit average 1 over the samples, of all ranks, with two exceptions. A few
+    samples that have all the weight of a batch are a batch of a few samples, at a learning rate for
+    many; that is bounded, so that the mean square of the weights is at most 4::
 
         p = max(0, −∂L_meta/∂w)        w = p / max(mean(p), ½·√mean(p²))
 
@@ -63,18 +63,17 @@ class DirectWeights(nn.Module):
             )
         if hypergradient is None:
             return torch.ones_like(values, requires_grad=False)
-        known = hypergradient != 0
-        if exit_losses.valid is not None:
-            known = known & exit_losses.valid.unsqueeze(1)
-        positive = torch.where(known, -hypergradient, 0).clamp(min=0)
+        # ∂L_meta/∂w has the share of the sample in the mean as a factor, an own weight for example.
+        shares = exit_losses.sample_shares().expand_as(values)
+        known = (hypergradient != 0) & (shares > 0)
+        positive = torch.where(known, -hypergradient / shares, 0).clamp(min=0)
         # By the largest, for hypergradients go with the learning rate and their squares underflow.
         largest = gather(positive.amax(0)).amax(0)
         positive = positive / torch.where(largest > 0, largest, 1)
-        count, total, squares = sum_over_ranks(
-            torch.stack([known.to(positive).sum(0), positive.sum(0), positive.square().sum(0)])
-        )
-        count = count.clamp(min=1)
-        scale = torch.maximum(total / count, _SHARE**0.5 * (squares / count).sqrt())
+        parts = [known.to(values), positive, positive.square()]
+        share, total, squares = sum_over_ranks(torch.stack([(shares * x).sum(0) for x in parts]))
+        share = torch.where(share > 0, share, 1)
+        scale = torch.maximum(total / share, _SHARE**0.5 * (squares / share).sqrt())
         weights = positive / torch.where(scale > 0, scale, 1)
         return torch.where(known, weights, 1).to(values)
 

@@ -46,9 +46,14 @@ class ExitLosses(NamedTuple):
         losses: l[i,k], shape [B, K], float32 (float64 for float64 logits), with a graph.
         confidence: the largest softmax probability, shape [B, K], without a graph.
         correct: whether the most probable class is the target, shape [B, K], bool.
-        valid: the samples that count, shape [B], bool; None stands for all of them.
+        valid: the samples that count, shape [B], bool, or at which exits, [B, K], where some labels
+            are missing; None stands for all of them.
         labels: the target of each sample, int64 [B] or probabilities [B, C].
         features: what else a reweighter may see of each sample, shape [B, F].
+        weight: weights of your own, at least 0, shape [B] or [B, K], beside the learned ones: every
+            mean over samples is Σ weight·value / Σ weight, here and in the objectives.
+        auxiliary: a loss that no weight is for, scalar, with a graph: a regulariser, the balance of
+            a router. It is added to L_tr as it is, and is no part of L_meta.
 
     A loss function of your own that knows only the losses returns ``ExitLosses(losses)``, or just
     the tensor.
@@ -60,6 +65,8 @@ class ExitLosses(NamedTuple):
     valid: Tensor | None = None
     labels: Tensor | None = None
     features: Tensor | None = None
+    weight: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Iterable["ExitLosses"]) -> "ExitLosses":
@@ -70,25 +77,37 @@ class ExitLosses(NamedTuple):
             >>> ExitLosses.cat(batches).losses.shape
             torch.Size([7, 2])
         """
-        columns = [
-            [each for each in column if each is not None] for column in zip(*parts, strict=True)
-        ]
+        samples = [part._replace(auxiliary=None) for part in parts]
+        columns = [[x for x in column if x is not None] for column in zip(*samples, strict=True)]
         joined = [torch.cat(c) if len(c) == len(columns[0]) else None for c in columns]
         return cls(*joined)  # type: ignore[arg-type]
+
+    @property
+    def counted(self) -> Tensor | None:
+        """What ``valid`` says of each loss, shape [B, 1] or [B, K]."""
+        if self.valid is None or self.valid.dim() == 2:
+            return self.valid
+        return self.valid.unsqueeze(1)
 
     def sample_shares(self) -> Tensor:
         """The share of each sample in ``mean_i``: 1/B, or 0 where a sample does not count.
 
-        Within a distributed step B counts the samples of all ranks.
+        By ``weight`` if there is one. Within a distributed step B counts the samples of all ranks.
 
         Returns:
-            Shape [B, 1], the dtype of the losses. All zero if no sample counts.
+            Shape [B, 1], or [B, K] where it is another at each exit, the dtype of the losses. All
+            zero if no sample counts.
         """
-        if self.valid is None:
-            valid = self.losses.new_ones(len(self.losses), 1)
+        counted = self.counted
+        if counted is None:
+            shares = self.losses.new_ones(len(self.losses), 1)
         else:
-            valid = self.valid.to(self.losses.dtype).unsqueeze(1)
-        return valid / sum_over_ranks(valid.sum()).clamp(min=1)
+            shares = counted.to(self.losses.dtype)
+        if self.weight is not None:
+            own = self.weight.detach().to(self.losses.dtype).reshape(len(self.losses), -1)
+            shares = torch.where(shares > 0, own, 0)
+        total = sum_over_ranks(shares.sum(0))
+        return shares / torch.where(total > 0, total, 1)
 
     def mean_over_samples(self, values: Tensor) -> Tensor:
         """The mean of each column of values [B, K] over the samples that count, shape [K].
@@ -96,8 +115,9 @@ class ExitLosses(NamedTuple):
         Within a distributed step this rank's part of it; the parts of all ranks add up to the mean.
         What stands in the other rows does not matter, not even if it is infinite.
         """
-        if self.valid is not None:
-            values = torch.where(self.valid.unsqueeze(1), values, 0)
+        counted = self.counted
+        if counted is not None:
+            values = torch.where(counted, values, 0)
         return (self.sample_shares() * values).sum(0)
 
 
@@ -108,6 +128,7 @@ def exit_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    class_dim: int | None = None,
     impl: str = "auto",
     probabilities: bool = False,
 ) -> ExitLosses:
@@ -126,7 +147,12 @@ def exit_cross_entropy(
         ignore_index: samples with this target have loss 0 and gradient 0 (even where a logit is not
             a number), are never correct, and are not ``valid``: they drop out of every mean.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``, in [0, 1].
-        class_weight: one weight per class, shape [C], multiplied into the losses.
+        class_weight: one weight per class, shape [C], multiplied into the losses. Means stay those
+            over samples; for the mean of ``torch.nn.functional.cross_entropy``, over the weights,
+            give ``weight=class_weight[target]`` to what is returned, by ``_replace``, instead.
+        class_dim: where the classes are in the tensor of each exit, and in probabilities as target:
+            −1, or 1 for dense logits [B, C, H, W] as PyTorch has them. Default None: last, and an
+            error where both readings fit the target.
         impl: "torch" (few PyTorch operations, for the CPU), "triton" (one launch for all exits),
             "reference" (plain differentiable operations), or "auto" (default): the first that fits,
             of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and
@@ -142,8 +168,9 @@ def exit_cross_entropy(
         TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is
             neither int64 nor floating point.
         ValueError: shapes disagree, the batch is empty, an option is out of range or not for this
-            implementation, or a target is out of range. That is checked on the CPU; on other
-            devices PyTorch's own assertion reports it, or the loss is NaN (Triton).
+            implementation, or a target is out of range or of rows that do not sum to 1. That is
+            checked on the CPU; on other devices PyTorch's own assertion reports it, or the loss is
+            NaN (Triton, probabilities).
 
     Example:
         >>> early = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -157,7 +184,9 @@ def exit_cross_entropy(
                 [ True, False]])
     """
     check_share("label_smoothing", label_smoothing)
-    exits = exits_of("logits", logits, target)
+    if class_dim not in (None, -1) and isinstance(target, Tensor) and target.is_floating_point():
+        target = target.movedim(class_dim, -1)
+    exits = exits_of("logits", logits, target, class_dim)
     nums_classes = [z.shape[-1] for z in exits]
     if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
         raise ValueError(
@@ -170,7 +199,8 @@ def exit_cross_entropy(
         rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
     else:
-        tensors = [logits] if isinstance(logits, Tensor) else exits
+        moved = class_dim not in (None, -1)
+        tensors = [logits] if isinstance(logits, Tensor) and not moved else exits
         rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
         kept = _LOGITS_KEPT.get()
         results = fused(rows, classes, ignore, label_smoothing, implementation, kept)

@@ -167,13 +167,17 @@ class SampleReweighter(nn.Module):
         columns: dict[str, list[Tensor | None]]
         columns = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
         chosen = columns[self.inputs] + [self._labels(exit_losses), self._features(exit_losses)]
-        parameter = next(self.network.parameters())
+        parameter, counted = next(self.network.parameters()), exit_losses.counted
         seen = [each.detach().to(parameter) for each in chosen if each is not None]
-        rows = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
-        if exit_losses.valid is None:
-            return rows
-        # What a sample that does not count came to may be no number, and 0 times that is none.
-        return torch.where(exit_losses.valid.unsqueeze(1), rows, 0)
+        if counted is not None:
+            # What a sample that does not count came to may be no number, and 0 times that is none.
+            at_all = counted.any(1, keepdim=True)
+            of_exits = len(columns[self.inputs])
+            seen = [
+                torch.where(counted if index < of_exits else at_all, each, 0)
+                for index, each in enumerate(seen)
+            ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
 
     def _labels(self, exit_losses: ExitLosses) -> Tensor | None:
         """One column for each class, [B, C]; no class where a sample does not count."""
@@ -216,8 +220,8 @@ class SampleReweighter(nn.Module):
 
     def _largest(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The largest value of each mean's, in the shape of the mean; 0 where none counts."""
-        if self.average_over != "exits" and exit_losses.valid is not None:
-            values = values.masked_fill(~exit_losses.valid.unsqueeze(1), -torch.inf)
+        if exit_losses.counted is not None and self._is_masked(exit_losses):
+            values = values.masked_fill(~exit_losses.counted, -torch.inf)
         dims = {"exits": (1,), "samples": (0,), "both": (0, 1)}[self.average_over]
         largest = values.amax(dims, keepdim=True)
         if self.average_over != "exits":
@@ -226,11 +230,19 @@ class SampleReweighter(nn.Module):
 
     def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
+        counted = None
         if self.average_over != "exits":
             values = sum_over_ranks(exit_losses.mean_over_samples(values)).unsqueeze(0)
+        elif self._is_masked(exit_losses):
+            counted = exit_losses.counted
         if self.average_over != "samples":
-            values = values.mean(1, keepdim=True)
+            values = _row_mean(values, counted)
         return values
+
+    def _is_masked(self, exit_losses: ExitLosses) -> bool:
+        """Whether means leave anything out: of a whole row there is no mean over its exits."""
+        valid = exit_losses.valid
+        return valid is not None and (self.average_over != "exits" or valid.dim() == 2)
 
     def extra_repr(self) -> str:
         """The choices made, for ``print(reweighter)``."""
@@ -242,3 +254,11 @@ class SampleReweighter(nn.Module):
             number = getattr(self, name)
             text += "" if number is None else f", {name}={number}"
         return text
+
+
+def _row_mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of each row over what counts in it, [B, 1]; 0 where nothing does."""
+    if counted is None:
+        return values.mean(1, keepdim=True)
+    number = counted.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(counted, values, 0).sum(1, keepdim=True) / number

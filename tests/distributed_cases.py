@@ -28,7 +28,9 @@ from reweight import (
     MetaLoss,
     MetaReweightStep,
     SampleReweighter,
+    exit_cross_entropy,
 )
+from reweight._ranks.collectives import num_ranks
 from reweight._ranks.shards import parameters_of, whole
 
 SHARDS = {1: [12], 2: [7, 5], 4: [2, 5, 1, 4]}  # the samples of each rank
@@ -195,6 +197,16 @@ def by_parts(num_ranks: int | None) -> Any:
     return objective
 
 
+def of_ones_own(logits: list[Tensor], target: Tensor) -> ExitLosses:
+    """Weights, missing labels and an auxiliary loss, whose mean over ranks is that of the whole."""
+    losses = exit_cross_entropy(logits, target)
+    return losses._replace(
+        weight=losses.labels.clamp(min=0) + 1.0,
+        valid=torch.stack([(target != -100) & (target != k) for k in range(3)], 1),
+        auxiliary=num_ranks() * 0.01 * logits[0].square().sum(),
+    )
+
+
 MEAN = {"objective": MeanObjective()}
 BUCKETS = {"gradient_as_bucket_view": True}
 
@@ -213,6 +225,13 @@ CASES = {
         reweighter={"form": "sigmoid", "num_classes": NUM_CLASSES, "num_features": 1},
         options={"features": lambda inputs, target: inputs[:, :1]},
         ignored=True,
+    ),
+    "weights of one's own": Case(ignored=True, options={"loss": of_ones_own}),
+    "weights of one's own, sigmoid, lagged": Case(
+        reweighter={"form": "sigmoid"}, options={"loss": of_ones_own, "lagged": True}
+    ),
+    "weights of one's own, direct": Case(
+        direct=True, options={"loss": of_ones_own}, optimizer=adamw, num_parts=2
     ),
     "direct weights": Case(direct=True, ignored=True),
     "direct weights, AdamW, accumulation": Case(direct=True, optimizer=adamw, num_parts=2),

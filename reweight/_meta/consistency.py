@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from reweight._meta.problem import Known, MetaProblem
 from reweight._optimizers.accepted import Parameters
@@ -28,7 +27,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = known.weights * value
+    terms, ranks = known.weights * value, num_ranks()
     tangents = {name: _flat(tangent) for name, tangent in direction.items()}
     # A parameter that only another rank's losses reach has no gradient of its own here.
     ahead = {
@@ -41,11 +40,12 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
             dot = dot - torch.dot(tangent, _flat(before))
-        dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
+        shares = num_copies(direction[name]) or ranks
+        dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
+    norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
     sums = torch.stack(dots)
-    sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
+    sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
@@ -53,6 +53,13 @@ def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
     return torch.where(size > 0, (forward - backward).abs() / size, 0)
+
+
+def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """That of all of them as one vector."""
+    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -72,13 +79,14 @@ class Check:
 
     Attributes:
         failures: in how many updates in a row they did not.
+        is_first: whether the next is to be looked at, whatever the one before came to.
     """
 
     def __init__(self, ladder: Ladder, *, is_coarse: bool) -> None:
         self.is_coarse, self.failures, self._ladder = is_coarse, 0, ladder
         self._precision = 0.0  # of the numbers inside the model, where they are coarser
         self._expected: tuple[Later, float] | None = None
-        self._is_first = True
+        self.is_first = True
 
     def expect(self, difference: Tensor | None, precision: float) -> None:
         """Take note of what an update came to, to look at in the next one."""
@@ -102,8 +110,8 @@ class Check:
         """
         expected, self._expected = self._expected, None
         has_failed = expected is not None and expected[0].read() > expected[1]
-        look = has_failed or (self._is_first and num_ranks() == 1)  # ranks would have to send
-        self._is_first = False
+        look = has_failed or (self.is_first and num_ranks() == 1)  # ranks would have to send
+        self.is_first = False
         difference = self.difference(problem, parts) if look else None
         if difference is None:
             self.failures = 0

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
 from reweight._meta.consistency import relative_difference
-from reweight._meta.guarded_step import Snapshot, step_where
+from reweight._meta.guarded_step import Snapshot, are_finite, step_where
 from reweight._meta.problem import Hypergradient, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
 from reweight._ranks.collectives import gather, joined, require_same, sums_by_name
@@ -66,7 +66,7 @@ class ReweighterLearner:
         self.num_skipped = torch.zeros((), dtype=torch.int64)
         self.num_calls = 0  # of the step: what its interval counts
         self.num_updates = 0
-        self._was_cold = self._has_stepped = False
+        self.was_cold = self._has_stepped = False
 
     @property
     def is_trainable(self) -> bool:
@@ -151,7 +151,7 @@ class ReweighterLearner:
         """What is known before anything is learned, and whether it is something to learn from."""
         value = hypergradient.value
         values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        bad = [~each.isfinite().all() for each in values]
+        bad = [~are_finite([each]) for each in values]
         # From every rank, so that all clip alike, and all skip or none does.
         told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
         every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
@@ -177,14 +177,14 @@ class ReweighterLearner:
     def warn_if_cold(self, optimizers: Sequence[AnyOptimizer]) -> None:
         """Any Adam is cold at its first step; it is a mistake only if it stays so."""
         cold = [type(one).__name__ for one in optimizers if is_cold(one)]
-        if cold and self._was_cold:
+        if cold and self.was_cold:
             warnings.warn(
                 f"{cold[0]} still has no state: its next step is the sign of the gradient, which "
                 "hardly depends on the weights, so the reweighter learns nothing. Call "
                 "optimizer.step() after each call.",
                 stacklevel=5,
             )
-        self._was_cold = bool(cold)
+        self.was_cold = bool(cold)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, text and containers of them."""

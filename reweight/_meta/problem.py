@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
@@ -116,6 +115,7 @@ class MetaProblem:
         model: whose parameters these are.
         objective: losses of the meta batch → L_meta.
         first: the forward at θ.
+        after: what the forward of the meta batch begins with.
         rows: what the estimator sees of its batch; None for all.
         meta: the meta batch; or its losses with their graph, where it has gone through the updated
             model already.
@@ -133,6 +133,7 @@ class MetaProblem:
     model: nn.Module
     objective: Objective
     first: FirstForward
+    after: Beginning
     rows: Tensor | None
     meta: Batch | ExitLosses
     weights: Tensor
@@ -144,7 +145,7 @@ class MetaProblem:
     precision: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._after, self.everything = Beginning(self.model), parameters_of(self.model)
+        self.everything = parameters_of(self.model)
         self.precision = working_precision(self.first.moved)
 
     def meta_loss(self, at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
@@ -159,8 +160,8 @@ class MetaProblem:
 
         if isinstance(meta, ExitLosses):
             return then(meta)
-        self._after.replay()
-        return self.forward.at(at, self._after.buffers, *meta, then)
+        self.after.replay()
+        return self.forward.at(at, self.after.buffers, *meta, then)
 
     def replay(
         self,

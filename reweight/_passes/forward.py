@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -47,8 +48,11 @@ class ExitForward:
         check_function("exits", exits, "outputs of the model → logits")
         check_function("features", features, "(inputs, target) → [B, F]")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
-        self._features = features
+        self._features, self._is_plain = features, loss is exit_cross_entropy
         self.compiled = compiled
+        # Of a model whose targets stand elsewhere than its outputs, as a causal one's do.
+        aligns = (vars(module).get("align_target") for module in inner.modules())
+        self._align = next((each for each in aligns if callable(each)), None)
         self._changes_batches: bool | None = None  # in place; not known before the first forward
         self._renormed = [  # whose weights a forward scales in place, to a bounded norm
             module
@@ -162,6 +166,8 @@ class ExitForward:
     ) -> ExitLosses:
         before = [t._version for t in tensors_of(batch) if not t.is_inference()]
         losses = self._losses(model, *batch, within)
+        if self._loss is exit_cross_entropy:  # where the classes are is known from here on
+            self._loss = partial(exit_cross_entropy, class_dim=-1)
         changes = before != [t._version for t in tensors_of(batch) if not t.is_inference()]
         if changes and self._changes_batches is False:
             raise ValueError(
@@ -193,8 +199,10 @@ class ExitForward:
             if not compiled:
                 outputs = self._outputs(model, inputs)
             logits = outputs if self._exits is None else self._exits(outputs)
-            if self._loss is exit_cross_entropy:  # which needs no help, and would be slower
+            if self._is_plain:  # which needs no help, and would be slower
                 context.close()
+            if self._align is not None:
+                target = self._align(inputs, target)
             result = self._loss(logits, target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):
@@ -211,10 +219,30 @@ class ExitForward:
                 "`loss` must return losses of shape [samples, exits], one row for each sample, got "
                 f"{list(exit_losses.losses.shape)}. Do not average over the samples."
             )
-        if exit_losses.valid is None:
+        _check_fields(exit_losses)
+        counted = exit_losses.counted
+        if counted is None:
             return exit_losses
-        counted = torch.where(exit_losses.valid.unsqueeze(1), exit_losses.losses, 0)
-        return exit_losses._replace(losses=counted)
+        return exit_losses._replace(losses=torch.where(counted, exit_losses.losses, 0))
+
+
+def _check_fields(losses: ExitLosses) -> None:
+    """Raise ValueError unless what a loss function adds to its losses fits them."""
+    num_samples, num_exits = losses.losses.shape
+    for name, value in (("valid", losses.valid), ("weight", losses.weight)):
+        if value is not None and value.shape not in ((num_samples,), (num_samples, num_exits)):
+            raise ValueError(
+                f"`loss` must return ExitLosses with `{name}` [{num_samples}] or [{num_samples}, "
+                f"{num_exits}], got {list(value.shape)}."
+            )
+    weight, auxiliary = losses.weight, losses.auxiliary
+    if weight is not None and weight.device.type == "cpu" and not (weight >= 0).all():
+        raise ValueError("`loss` must return ExitLosses with `weight` of at least 0, got others.")
+    if auxiliary is not None and auxiliary.dim():
+        raise ValueError(
+            "`loss` must return ExitLosses with `auxiliary` a scalar, got "
+            f"{list(auxiliary.shape)}. Add up its terms, or take their mean."
+        )
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
