@@ -99,7 +99,10 @@ class Method(NamedTuple):
     interval: int
 
 
-NOISY = Method("predicted", meta="held-out", objective="mean", interval=10)
+NOISY = {
+    "symmetric": Method("sigmoid", meta="held-out", objective="budgeted", interval=10),
+    "neighbour": Method("predicted", meta="held-out", objective="mean", interval=10),
+}
 CLEAN = Method("tanh", meta="halves", objective="budgeted", interval=1)
 
 
@@ -201,9 +204,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if settings.optimizer == "adamw" and settings.lr is None:
         settings.lr = ADAMW_LR
     fill(settings, RECIPES[settings.data])
-    method = NOISY if settings.label_noise else CLEAN
+    method = NOISY[settings.noise] if settings.label_noise else CLEAN
+    if settings.form in ("direct", "predicted"):
+        method = method._replace(objective="mean")
     if settings.form == "direct":
-        method = method._replace(objective="mean", interval=1)
+        method = method._replace(interval=1)
     fill(settings, method)
     if settings.meta == "halves":
         settings.meta_size = 0

@@ -24,8 +24,10 @@ class SampleReweighter(nn.Module):
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
     1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
     is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0. The
-    third is for wrong labels: at each update g learns by regression to predict −∂L_meta/∂w, and the
-    weights are those that :class:`DirectWeights` makes of it. It learns in far fewer updates.
+    third is for wrong labels that the losses do not give away, as those of a similar class: by
+    regression on the last ten batches that were judged g predicts −∂L_meta/∂w, and the weights are
+    what :class:`DirectWeights` would make of it. It learns from the first update on, from labels
+    and probabilities (``num_classes=C``); its meta loss is by default the mean.
 
     Args:
         num_exits: K.

@@ -199,3 +199,15 @@ def test_batches_are_joined_field_by_field() -> None:
     some = ExitLosses.cat([parts[0], ExitLosses(torch.rand(1, 1))])
     assert some.losses.shape == (3, 1)
     assert some.confidence is None
+
+
+def test_probabilities_are_the_mean_softmax_of_the_exits() -> None:
+    logits = [torch.randn(2, 3, 4) for _ in range(2)]
+    target = torch.randint(4, (2, 3))
+    found = exit_cross_entropy(logits, target, probabilities=True)
+    expected = sum(z.softmax(-1) for z in logits) / 2
+    torch.testing.assert_close(found.features, expected.view(6, 4))
+    assert exit_cross_entropy(logits, target).features is None
+    other = [logits[0], torch.randn(2, 3, 5)]
+    with pytest.raises(ValueError, match="`probabilities` must be left out"):
+        exit_cross_entropy(other, target, probabilities=True)
