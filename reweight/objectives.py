@@ -105,7 +105,10 @@ class BudgetedObjective:
         members = allot(confidence, shares, valid)[own]
         if counted is not None:
             members = members & counted
-        judged = meta._replace(valid=members)
-        value = judged.mean_over_samples(meta.losses).sum()
         counts = sum_over_ranks(members.sum(0).to(meta.losses.dtype))
+        if meta.weight is None:
+            sums = torch.where(members, meta.losses, 0).sum(0)
+            value = (sums / counts.clamp(min=1)).sum()
+        else:
+            value = meta._replace(valid=members).mean_over_samples(meta.losses).sum()
         return MetaLoss(value, counts / counts.sum().clamp(min=1))

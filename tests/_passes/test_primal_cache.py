@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from cases import make_batch, make_model
 from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
-from reweight._kernels import function
+from reweight._kernels import composite, function
 from reweight._passes import forward, primal_cache
 from reweight._passes.primal_cache import PrimalCache
 from test_models import ROWS, UNCOMPILED, set_up
@@ -47,6 +47,7 @@ def test_large_logits_are_recalled_and_change_nothing(recalled, monkeypatch) -> 
     model = make_model("mlp")
     train, meta = make_batch("mlp"), make_batch("mlp", seed=2)
     monkeypatch.setattr(function, "_SMALL", 0)
+    monkeypatch.setattr(composite, "_SMALL", 0)
     with_logits = outcome(model, train, meta)
     num_exits, logits = len(model(train[0])), model(train[0])[0]
     assert sum(value.shape == logits.shape for value in recalled) == num_exits
