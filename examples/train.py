@@ -325,21 +325,22 @@ def reweighter_for(
 
 def steps_of_epoch(data: Data, settings: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     """What each step trains on, as ((images, rows), target), and what judges it, the same."""
-    batches = training_batches(data.train, data, settings.batch_size)
+    order = torch.Generator().manual_seed(torch.initial_seed())  # the same for every process
+    batches = training_batches(data.train, data, settings.batch_size, order)
     if data.meta is None:
         yield from swap_halves(batches)
         return
     size = min(settings.batch_size, len(data.meta))
-    endless = (batch for _ in count() for batch in training_batches(data.meta, data, size))
+    endless = (batch for _ in count() for batch in training_batches(data.meta, data, size, order))
     yield from zip(batches, endless, strict=False)
 
 
 def training_batches(
-    dataset: Any, data: Data, batch_size: int
+    dataset: Any, data: Data, batch_size: int, order: torch.Generator | None = None
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """One epoch in random order, without the incomplete batch at the end: this process's share."""
     rank, _ = rank_and_number()
-    batches = batches_of(WithRows(dataset), batch_size, shuffled=True)
+    batches = batches_of(WithRows(dataset), batch_size, shuffled=True, order=order)
     for index, (images, target, rows) in enumerate(batches):
         if index == 0 and rank > 0:  # all have drawn the same order; now each draws its own
             torch.manual_seed(torch.initial_seed() + rank)
@@ -369,9 +370,13 @@ class BatchShares(BatchSampler):
             yield batch[rank::num_ranks]
 
 
-def batches_of(dataset: Any, batch_size: int, *, shuffled: bool = False) -> Any:
+def batches_of(
+    dataset: Any, batch_size: int, *, shuffled: bool = False, order: torch.Generator | None = None
+) -> Any:
     """A data loader; data in memory is indexed a whole batch at a time."""
-    sampler: Sampler[int] = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
+    sampler: Sampler[int] = SequentialSampler(dataset)
+    if shuffled:
+        sampler = RandomSampler(dataset, generator=order)
     batches = (BatchShares if shuffled else BatchSampler)(sampler, batch_size, drop_last=shuffled)
     if isinstance(getattr(dataset, "dataset", dataset), TensorDataset):
         return DataLoader(dataset, sampler=batches, batch_size=None)
