@@ -100,7 +100,7 @@ class Method(NamedTuple):
 
 
 NOISY = {
-    "symmetric": Method("sigmoid", meta="held-out", objective="budgeted", interval=10),
+    "symmetric": Method("sigmoid", meta="held-out", objective="mean", interval=10),
     "neighbour": Method("predicted", meta="held-out", objective="mean", interval=10),
 }
 CLEAN = Method("tanh", meta="halves", objective="budgeted", interval=1)
