@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 from torch import Tensor
 
@@ -121,7 +122,9 @@ def plot_weights(
     """
     finite = losses.isfinite().all(1) & weights.isfinite().all(1)
     losses, weights = losses[finite], weights[finite]
-    drawn = {name: rows[finite] for name, rows in groups.items()} if groups else {"": ...}
+    drawn: dict[str, Any] = (
+        {name: rows[finite] for name, rows in groups.items()} if groups else {"": ...}
+    )
     colors = (COLORS[2], COLORS[1], *COLORS[3:]) if groups else COLORS[1:]
     num_exits = losses.shape[1]
     figure = Figure(figsize=(2.3 * num_exits + 0.6, 2.9), layout="constrained")
