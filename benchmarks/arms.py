@@ -22,7 +22,7 @@ from reweight import (
     exit_shares,
     find_thresholds,
 )
-from reweight.budget import allot
+from reweight.objectives import allot
 
 Weighting = Callable[[ExitLosses], Tensor]
 STRENGTH = 0.8  # as published for CIFAR
