@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from cases import TRANSFORMER
 from reweight import (
     MetaReweightStep,
     SampleReweighter,
@@ -16,13 +17,6 @@ from reweight import (
 )
 from reweight.integrations.hidden_states import HiddenStateExits, LabelShift
 
-SMALL = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 SEQ2SEQ = {
     "vocab_size": 20,
     "d_model": 8,
@@ -43,7 +37,7 @@ AUDIO = {
     "mask_time_prob": 0.0,
     "feat_extract_norm": "layer",
 }
-ENCODER = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+ENCODER = {name: value for name, value in TRANSFORMER.items() if name != "vocab_size"}
 
 
 def made(name: str, **options) -> nn.Module:
@@ -84,18 +78,18 @@ SWIN = {
     "window_size": 2,
 }
 MODELS = {
-    "BERT": ("Bert", SMALL, text, ""),
+    "BERT": ("Bert", TRANSFORMER, text, ""),
     "DistilBERT": (
         "DistilBert",
         {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2},
         text,
         "",
     ),
-    "Llama": ("Llama", SMALL, text, "norm"),
+    "Llama": ("Llama", TRANSFORMER, text, "norm"),
     "GPT-2": ("GPT2", {"vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2}, text, "ln_f"),
     "OPT": (
         "OPT",
-        {**SMALL, "ffn_dim": 16, "word_embed_proj_dim": 8},
+        {**TRANSFORMER, "ffn_dim": 16, "word_embed_proj_dim": 8},
         text,
         "decoder.final_layer_norm",
     ),
@@ -164,7 +158,7 @@ def test_stages_of_other_widths_are_left_without_the_last_ones_norm() -> None:
 
 
 def test_the_norm_can_be_given() -> None:
-    backbone, inputs = made("Llama", **SMALL), text()
+    backbone, inputs = made("Llama", **TRANSFORMER), text()
     states = backbone(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(
         HiddenStateExits(backbone, [1], norm=nn.Identity())(**inputs)[0], states[1]
@@ -176,7 +170,7 @@ def test_the_norm_can_be_given() -> None:
 
 
 def test_an_encoder_pools_what_the_mask_keeps() -> None:
-    encoder, inputs = made("Bert", **SMALL), text()
+    encoder, inputs = made("Bert", **TRANSFORMER), text()
     model = HiddenStateExits(encoder, [1, 2], [nn.Linear(8, 3).double() for _ in "ab"], pooled=True)
     found = model(inputs["input_ids"][1:], inputs["attention_mask"][1:])
     states = encoder(inputs["input_ids"][1:, :3], output_hidden_states=True).hidden_states
@@ -200,7 +194,7 @@ def test_audio_pools_what_the_mask_of_its_samples_keeps() -> None:
 
 
 def test_embeddings_in_place_of_tokens() -> None:
-    decoder, inputs = made("Llama", **SMALL), text()
+    decoder, inputs = made("Llama", **TRANSFORMER), text()
     model = HiddenStateExits(decoder, [1, 2], pooled=True)
     wanted = model(**inputs)
     embedded = decoder.embed_tokens(inputs.pop("input_ids"))
@@ -216,7 +210,7 @@ def test_layers_left_out_by_chance_are_refused() -> None:
 
 
 def test_a_decoder_shares_its_head() -> None:
-    backbone, head = made("Llama", **SMALL), nn.Linear(8, 20).double()
+    backbone, head = made("Llama", **TRANSFORMER), nn.Linear(8, 20).double()
     inputs, labels = text(), tokens(2, 5)
     found = linear_exit_cross_entropy(
         HiddenStateExits(backbone, [1, 2])(**inputs), head.weight, labels, head.bias
@@ -235,7 +229,7 @@ class TestLabels:
 
     def language_model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMALL)).double()
+        return LlamaForCausalLM(LlamaConfig(**TRANSFORMER)).double()
 
     def batch(self) -> dict[str, Tensor]:
         """By transformers' own collator: of unequal lengths, padded."""
@@ -282,7 +276,7 @@ class TestLabels:
 
     def test_can_be_said(self) -> None:
         rows = tokens(2, 6)
-        model = HiddenStateExits(made("Llama", **SMALL), [1], shift_labels=False)
+        model = HiddenStateExits(made("Llama", **TRANSFORMER), [1], shift_labels=False)
         assert model.align_target(rows, rows) is rows
         assert model.loss_type is None
         said = HiddenStateExits(model.backbone, [1], shift_labels=True)
@@ -291,7 +285,7 @@ class TestLabels:
 
     def test_are_found_inside_of_another_model(self) -> None:
         model = nn.Sequential(
-            HiddenStateExits(made("Llama", **SMALL), [1], nn.Linear(8, 20).double())
+            HiddenStateExits(made("Llama", **TRANSFORMER), [1], nn.Linear(8, 20).double())
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1).double())
@@ -309,8 +303,9 @@ def _whitespace():
 
 
 def test_checkpointed_activations_are_the_backbones() -> None:
-    model = HiddenStateExits(BertModel(BertConfig(**SMALL)), [1])
+    model = HiddenStateExits(BertModel(BertConfig(**TRANSFORMER)), [1])
     for name in ("get_input_embeddings", "gradient_checkpointing_enable"):
         assert getattr(model, name) == getattr(model.backbone, name)
     assert "input_ids" in signature(model.forward).parameters
-    assert isinstance(HiddenStateExits(LlamaModel(LlamaConfig(**SMALL)), [1]).config, LlamaConfig)
+    decoder = LlamaModel(LlamaConfig(**TRANSFORMER))
+    assert isinstance(HiddenStateExits(decoder, [1]).config, LlamaConfig)

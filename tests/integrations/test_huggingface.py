@@ -1,9 +1,6 @@
 """The Trainer and Accelerate against the same training written as a loop."""
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -23,6 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from cases import TRANSFORMER
+from ranks import run_torchrun
 from reweight import (
     MetaReweightStep,
     SampleReweighter,
@@ -30,13 +29,6 @@ from reweight import (
 )
 from reweight.integrations.huggingface import HiddenStateExits, MetaReweight
 
-SMALL = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 BATCH, NUM_STEPS, LENGTH = 4, 4, 6
 
 
@@ -60,7 +52,7 @@ class Tokens(Dataset):
 
 def language_model() -> nn.Module:
     torch.manual_seed(0)
-    backbone = LlamaModel(LlamaConfig(**SMALL, attention_dropout=0.0)).double()
+    backbone = LlamaModel(LlamaConfig(**TRANSFORMER, attention_dropout=0.0)).double()
     return HiddenStateExits(backbone, [1, 2], nn.Linear(8, 20).double())
 
 
@@ -428,7 +420,7 @@ def test_activations_are_checkpointed_as_the_backbone_does(tmp_path: Path) -> No
     trained = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
+        encoder = BertModel(BertConfig(**TRANSFORMER), add_pooling_layer=False).double()
         model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
         settings = {"activation_checkpointing": True} if checkpointing else {}
         fit(tmp_path, model=model, **settings)
@@ -500,27 +492,12 @@ def test_resumes_bitwise_with_meta_batches_in_random_order(tmp_path: Path) -> No
         assert torch.equal(found, used.reweighter.state_dict()[name]), name
 
 
-RANKS = """
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, {folder!r})
-import torch, test_huggingface as t
-torch.set_num_threads(1)
-from pathlib import Path
-t.{function}(Path(sys.argv[1]))
-"""
-
-
 def on_two_ranks(function: str, path: Path) -> None:
     script = path / "ranks.py"
-    script.write_text(RANKS.format(folder=str(Path(__file__).parent), function=function))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(path)],
-        check=False, capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert not done.returncode, done.stderr[-3000:]
+    script.write_text(
+        f"from pathlib import Path; import {__name__} as t\nt.{function}(Path({str(path)!r}))"
+    )
+    run_torchrun(path / "output", str(script), seconds=300)
 
 
 def train_on_a_rank(path: Path) -> None:
