@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from cases import OPTIMIZERS, conventional_loss, make_batch, make_model, warmed
+from cases import OPTIMIZERS, conventional_loss, make_batch, make_model, warm_up
 from properties import assert_same
 from references import budgeted_loss_slowly, meta_objective, numerical_gradient
 from reweight import (
+    BudgetedObjective,
     ExitLosses,
     MeanObjective,
     MetaReweightStep,
@@ -58,11 +59,12 @@ def step_of(model: nn.Module, reweighter: nn.Module, optimizer=None, **options) 
 @pytest.mark.parametrize("optimizer_name", ["sgd_nesterov_two_groups", "adam"])
 @pytest.mark.parametrize("model_name", ["mlp", "transformer_dropout"])
 def test_the_reweighter_goes_down_the_meta_loss(model_name, optimizer_name, form, estimator):
-    reweighter = make(form)
-    model, optimizer = warmed(model_name, OPTIMIZERS[optimizer_name])
+    model, reweighter = make_model(model_name), make(form)
+    optimizer = OPTIMIZERS[optimizer_name](model)
     train, meta = make_batch(model_name, seed=1), make_batch(model_name, 9, seed=2)
+    warm_up(model, optimizer, train)
     before = copy.deepcopy(reweighter)
-    step = step_of(model, reweighter, optimizer, estimator=estimator)
+    step = step_of(model, reweighter, optimizer, objective=BudgetedObjective(), estimator=estimator)
     step.update_reweighter(train, meta)
     taken = torch.cat(
         [
