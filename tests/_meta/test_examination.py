@@ -73,7 +73,7 @@ def test_it_names_operations_optimizers_hooks_and_warnings() -> None:
     optimizer = type("Own", (SGD,), {})(model.parameters(), lr=0.1)
     step = MetaReweightStep(model, optimizer, SampleReweighter(3, num_hidden=4).double())
     found = check(step)
-    assert any("Doubled" in name for name in found.operations), found.operations
+    assert any("cases.Double" in name for name in found.operations), found.operations
     assert found.optimizers == ["Own: its own step, recorded and verified"]
     assert found.hooks == ["parameter exits.0.weight"]
     assert any("do not agree with the backward" in message for message in found.messages)
