@@ -44,7 +44,7 @@ class LabelShift:
         return found if isinstance(found, cls) else None
 
 
-def _repeats(inputs: Any, labels: Any) -> bool | None:
+def _repeats(inputs: tuple[Any, Any], labels: Any) -> bool | None:
     """Whether labels are the tokens of the inputs; None if none of them counts."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() < 2:
         return False
@@ -52,7 +52,14 @@ def _repeats(inputs: Any, labels: Any) -> bool | None:
     if not counts.any():
         return None
     likes = [x for x in tensors_of(inputs) if x.shape == labels.shape and x.dtype == labels.dtype]
-    return any(torch.equal(torch.where(counts, labels, x), x) for x in likes)
+    if any(torch.equal(torch.where(counts, labels, x), x) for x in likes):
+        return True
+    if isinstance(inputs[0], Mapping) and "inputs_embeds" in inputs[0]:
+        raise ValueError(
+            "`shift_labels` must be True or False where `inputs_embeds` take the place of tokens, "
+            "got None: whether labels repeat the tokens cannot be seen. True if they do."
+        )
+    return False
 
 
 class RouterLoss:
@@ -121,7 +128,7 @@ class HiddenStateExits(nn.Module):
             ``nn.Identity()`` for none.
         shift_labels: whether labels [B, T] are moved by one position, as a causal model does with
             them. Default None: if those of the first batch are its ``input_ids``, as collators for
-            causal models give them, wherever they count.
+            causal models give them, wherever they count; with ``inputs_embeds`` it must be said.
 
     Raises:
         ValueError: there is no layer, or not one head for each; or the backbone leaves out layers

@@ -290,6 +290,25 @@ class TestLabels:
         assert said.loss_type == "ForCausalLM"
         assert said.align_target(None, rows)[0, -1] == -100
 
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_must_be_said_where_embeddings_take_the_place_of_tokens(self, mask: bool) -> None:
+        """With a mask too, which is as long as the labels and of their dtype."""
+        lm, rows = self.language_model(), tokens(2, 6)
+        batch = {"inputs_embeds": lm.model.embed_tokens(rows).detach()}
+        batch |= {"attention_mask": torch.ones_like(rows)} if mask else {}
+        wanted = lm(**batch, labels=rows).loss.double()  # of transformers in float32
+        for shift in (None, True):
+            model = HiddenStateExits(lm.model, [2], lm.lm_head, shift_labels=shift)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1).double())
+            if shift is None:
+                with pytest.raises(ValueError, match="`shift_labels` must be True or False"):
+                    step.backward((batch, rows), (batch, rows))
+            else:
+                losses = step.backward((batch, rows), (batch, rows)).losses
+                found = losses.mean_over_samples(losses.losses)[0]
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
     def test_are_found_inside_of_another_model(self) -> None:
         model = nn.Sequential(
             HiddenStateExits(made("Llama", **SMALL), [1], nn.Linear(8, 20).double())
