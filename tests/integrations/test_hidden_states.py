@@ -1,5 +1,6 @@
 """Exits of small random models of transformers, and their labels, against transformers itself."""
 
+import copy
 from inspect import signature
 
 import pytest
@@ -283,6 +284,25 @@ class TestLabels:
         assert said.loss_type == "ForCausalLM"
         assert said.align_target(None, rows)[0, -1] == -100
 
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_must_be_said_where_embeddings_take_the_place_of_tokens(self, mask: bool) -> None:
+        """With a mask too, which is as long as the labels and of their dtype."""
+        lm, rows = self.language_model(), tokens(2, 6)
+        batch = {"inputs_embeds": lm.model.embed_tokens(rows).detach()}
+        batch |= {"attention_mask": torch.ones_like(rows)} if mask else {}
+        wanted = lm(**batch, labels=rows).loss.double()  # of transformers in float32
+        for shift in (None, True):
+            model = HiddenStateExits(lm.model, [2], lm.lm_head, shift_labels=shift)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1).double())
+            if shift is None:
+                with pytest.raises(ValueError, match="`shift_labels` must be True or False"):
+                    step.backward((batch, rows), (batch, rows))
+            else:
+                losses = step.backward((batch, rows), (batch, rows)).losses
+                found = losses.mean_over_samples(losses.losses)[0]
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
     def test_are_found_inside_of_another_model(self) -> None:
         model = nn.Sequential(
             HiddenStateExits(made("Llama", **TRANSFORMER), [1], nn.Linear(8, 20).double())
@@ -292,6 +312,99 @@ class TestLabels:
         rows = tokens(2, 6)
         result = step.backward((rows, rows), (rows, rows))
         assert result.losses.valid.view(2, 6)[:, -1].tolist() == [False, False]
+
+
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
+}
+
+
+class TestRouters:
+    """A mixture of experts balances them by a loss of its own, which no weight is for."""
+
+    def language_model(self, name: str, dtype=torch.float64, **options) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {**SMALL, "num_key_value_heads": 2, "router_aux_loss_coef": 0.5, **EXPERTS[name]}
+        config = getattr(transformers, f"{name}Config")(**sizes, **options)
+        if dtype == torch.float64:
+            config._experts_implementation = "eager"  # the default has no float64
+        return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+
+    def batch(self) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(1)
+        inputs = text()
+        return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+    def gradients(self, lm: nn.Module) -> dict[str, Tensor]:
+        found = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+        lm.zero_grad()
+        return found
+
+    def by_the_step(self, lm: nn.Module, backbone: nn.Module, num_exits: int = 1) -> float:
+        """What a step with weights of 1 adds to the gradients; its train loss."""
+        layers, head = [1, 2][-num_exits:], lm.lm_head
+        model = HiddenStateExits(backbone, layers, head, shift_labels=True)
+        options = {"form": "tanh", "average_over": "samples", "strength": 0.0}
+        reweighter = SampleReweighter(num_exits, **options).to(head.weight.dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = MetaReweightStep(model, optimizer, reweighter)
+        result = step.backward(self.batch(), self.batch())
+        assert result.backward_difference < (1e-6 if head.weight.dtype == torch.float64 else 1e-4)
+        return result.train_loss.item()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("name", EXPERTS)
+    def test_their_loss_is_the_models_own(self, name: str, dtype: torch.dtype) -> None:
+        """Of one exit at the end, with weights of 1; transformers takes both in float32."""
+        lm = self.language_model(name, dtype, output_router_logits=True)
+        inputs, labels = self.batch()
+        own = lm(**inputs, labels=labels)
+        assert own.aux_loss > 0.5
+        own.loss.backward()
+        wanted = self.gradients(lm)
+        for backbone in (lm.model, lm):  # which gives its `aux_loss` itself
+            loss = self.by_the_step(lm, backbone)
+            assert loss == pytest.approx(own.loss.item(), rel=1e-5)
+            for each, found in self.gradients(lm).items():
+                torch.testing.assert_close(found, wanted[each], rtol=1e-4, atol=1e-6, msg=each)
+
+    def test_it_is_added_once_whatever_the_number_of_exits(self) -> None:
+        found = []
+        for balanced in (True, False):
+            lm = self.language_model("Mixtral", output_router_logits=balanced)
+            self.by_the_step(lm, lm.model, num_exits=2)
+            found.append(self.gradients(lm))
+        inputs, _ = self.batch()
+        lm = self.language_model("Mixtral")
+        (0.5 * lm(**inputs, output_router_logits=True).aux_loss).backward()
+        for each, alone in self.gradients(lm).items():
+            both = found[1][each] + alone
+            torch.testing.assert_close(found[0][each], both, rtol=1e-4, atol=1e-6, msg=each)
+
+    def test_it_is_asked_for_once_and_no_part_of_a_copy(self) -> None:
+        lm = self.language_model("Mixtral", output_router_logits=True)
+        model, (inputs, _) = HiddenStateExits(lm.model, [2], lm.lm_head), self.batch()
+        model(**inputs)
+        copied = copy.deepcopy(model)
+        assert copied.auxiliary_of_forward() is None
+        own = lm(**inputs).aux_loss
+        torch.testing.assert_close(model.auxiliary_of_forward(), 0.5 * own)
+        assert model.auxiliary_of_forward() is None
+        lm.config.output_router_logits = False
+        model(**inputs)
+        assert model.auxiliary_of_forward() is None
+
+    def test_what_is_not_known_is_refused(self) -> None:
+        torch.manual_seed(0)
+        options = {**T5, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        config = transformers.SwitchTransformersConfig(**options, output_router_logits=True)
+        model = HiddenStateExits(transformers.SwitchTransformersModel(config), [1])
+        with pytest.raises(
+            ValueError, match=r"got SwitchTr.*Load it with output_router_logits=Fal"
+        ):
+            model(**both())
 
 
 def _whitespace():
