@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from reweight._checks import check_function
+from reweight._kernels.function import logits_kept
 from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.shards import placed
 from reweight.batches import Batch, copied, describe, tensors_of
-from reweight.losses import ExitLosses, exit_cross_entropy, logits_kept
+from reweight.losses import ExitLosses, exit_cross_entropy
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 FeatureFunction: TypeAlias = Callable[[Any, Any], Tensor]

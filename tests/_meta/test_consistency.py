@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from cases import Fixed, HalvedBackward
 from reweight import MeanObjective, MetaReweightStep
-from reweight._meta.consistency import Later, blame, relative_difference
+from reweight._meta.consistency import Later, blame
 
 ESTIMATORS = ["forward", "finite_difference", "unrolled"]
 
@@ -142,12 +142,6 @@ def test_learning_from_some_rows_is_checked_now_and_then(monkeypatch) -> None:
     step = make(train_fraction=0.5)
     told = [step.backward(batch(1), batch(2)).backward_difference for _ in range(65)]
     assert [i for i, each in enumerate(told) if each is not None] == [0, 64]
-
-
-def test_relative_difference_of_the_parts_of_ranks() -> None:
-    parts = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 4.0]])
-    assert relative_difference(parts) == 1 / 8
-    assert relative_difference(torch.zeros(2, 3)) == 0
 
 
 def test_blame_finds_the_parameters_by_halves() -> None:

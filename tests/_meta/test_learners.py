@@ -12,7 +12,7 @@ from cases import MODELS, UPDATE_RULES, conventional_loss, make_batch, make_mode
 from properties import assert_same
 from references import direct_weights_slowly, stock_hypergradient
 from reweight import DirectWeights, ExitLosses, MetaReweightStep, exit_cross_entropy
-from reweight._meta.direct import DirectLearner, learner_of
+from reweight._meta.learners import DirectLearner, learner_of
 from reweight._meta.problem import Hypergradient
 from reweight.objectives import MetaLoss
 
