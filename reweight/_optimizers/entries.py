@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._ranks.shards import local, shard_like
+from reweight._ranks.collectives import local
+from reweight._ranks.shards import shard_like
 
 
 def by_rule(
