@@ -36,6 +36,11 @@ RUNGS = {
     BY_BACKWARD: {Rung.BACKWARD},
     BY_DIFFERENCES: {Rung.DOUBLE_DIFFERENCES},
 }
+NEWER = {
+    "torch.cdist": ((2, 14), BY_BACKWARD),  # whose backward has a derivative
+    "F.grid_sample": ((2, 15), EXACT),  # has forward mode
+}
+"""What newer releases of PyTorch have made better."""
 
 
 class Last(nn.Module):
@@ -569,9 +574,8 @@ def batch(inputs: str, seed: int, num_samples: int = 8) -> tuple[Tensor, Tensor]
 
 def rungs(name: str, how: str) -> set[Rung]:
     """How the operations of that row get their tangents."""
-    # The backward of cdist has a derivative since PyTorch 2.14.
-    newer = name == "torch.cdist" and torch.__version__ >= (2, 14)
-    return RUNGS[BY_BACKWARD if newer else how]
+    since, better = NEWER.get(name, ((99,), how))
+    return RUNGS[better if torch.__version__ >= since else how]
 
 
 UNCOMPILED = [name for name in ROWS if not name.startswith("torch.compile")]
