@@ -524,13 +524,10 @@ ARMS: dict[str, Arm] = {
     ),
     "predicted, interval 10": ours(form="predicted", lr=None, interval=10, num_classes=10),
     # What was learned before, as it is.
-    "frozen, learned here": Arm(
-        reweighter(form="sigmoid"), frozen_from="sigmoid, lr 1e-2, interval 10"
-    ),
     "frozen, learned on digits": Arm(
         reweighter(form="sigmoid"),
         frozen_from="sigmoid, lr 1e-2, interval 10",
-        frozen_on="digits-symmetric-exits",
+        frozen_on="digits-symmetric",
     ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),

@@ -123,6 +123,9 @@ EXPERIMENTS = {
         for kind, share in (("clean", 0.0), ("symmetric", 0.4), ("neighbours", 0.4))
         for num_exits, suffix in ((1, ""), (5, "-exits"))
     },
+    "fashion-2k-symmetric": Experiment(
+        "fashion-mnist", 1, 30, 2000, label_noise=0.4, meta="extra", width=8, hidden=256
+    ),
     **{
         f"long-tail{suffix}": Experiment(
             "fashion-mnist",
@@ -294,7 +297,7 @@ class Run:
 
     @property
     def epoch_steps(self) -> int:
-        """Of each epoch, an even number; of a smaller training set as many as the experiment has."""
+        """Of each epoch, an even number; of a smaller training set as many as of the whole."""
         num_samples = max(self.experiment.train_size or 0, len(self.train))
         return 2 * (num_samples // (2 * self.experiment.batch_size))
 
