@@ -22,7 +22,7 @@ from reweight._passes.snapshots import Beginning, Gradients
 from reweight._ranks.collectives import joined, num_ranks
 from reweight._ranks.shards import begin_anew, parameters_of, sharded_modules
 from reweight._ranks.wrappers import averages, is_unsettled, unwrap
-from reweight.batches import Batch, unpack
+from reweight.batches import Batch, tensors_of, unpack
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.objectives import BudgetedObjective, Objective
 from reweight.result import StepResult, Update
@@ -188,7 +188,7 @@ class MetaReweightStep:
         elif not self.lagged:
             raise TypeError("`meta` must be a pair (inputs, target) unless lagged=True, got None.")
         waiting, postponed = self._lookahead.still_waiting() if meta is None else None, None
-        beginning, cache, update = Beginning(self._inner), PrimalCache(), None
+        beginning, cache, update = Beginning(self._inner), PrimalCache(self._inner), None
         due = self._learner.is_due
         moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
@@ -198,6 +198,7 @@ class MetaReweightStep:
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
         spare = self._forward.spare(train)
+        cache.take(tensors_of(train), tensors_of(spare))
         forward = partial(self._forward, beginning=beginning)
         try:
             with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
@@ -248,7 +249,7 @@ class MetaReweightStep:
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         self._learner.require_trainable()
-        beginning, cache = Beginning(self._inner), PrimalCache()
+        beginning, cache = Beginning(self._inner), PrimalCache(self._inner)
         moved, keep = self._lookahead.moved(), not self.lean
 
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:

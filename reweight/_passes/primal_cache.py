@@ -1,26 +1,23 @@
-"""The values of a forward, for the pass that needs them again: they are not computed twice."""
+"""The values of a forward, for the pass that needs them again: they are not computed twice.
 
-import weakref
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
-from itertools import chain
-from typing import Any, NamedTuple
+Both passes call the same functions. A call whose tensors are those of an earlier call, the very
+same memory or what is known to hold the same, gives what that call gave: nothing is compared, on no
+device, and nothing waits for one.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS: set[Callable[..., Tensor]] = {
-    F.linear,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-}
-"""(input, weight, bias, ...) → input · weight + bias, linear in each."""
+from reweight._passes.eager import attention_layer
+from reweight._passes.memory import Tokens, Trace, memory_of, tensors_in, version_of
+
+Key: TypeAlias = Hashable
 
 _UNSEEN = {
     Tensor.data.__get__,  # type: ignore[attr-defined]
@@ -34,180 +31,294 @@ _UNSEEN = {
 }
 """Ways to memory by which it may be changed without a trace: the version of the tensor stays."""
 
-_LARGE = 1 << 14  # elements; below, Python costs more than the arithmetic it saves
+ASKS = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_nested", "requires_grad", "is_cuda")
+    ),
+}
+"""What gives no tensor."""
+
+_FACTORIES = {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace}
+"""Made of numbers alone, and always the same."""
+
+_NORMS = F.batch_norm, F.layer_norm
+
+_CONSTANTS = {
+    *(bool, int, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+
+
+class Departure(Exception):
+    """The pass does something else than the forward did; it is to be run without recall."""
+
+
+class Call:
+    """One of the forward's.
+
+    Attributes:
+        func: what was called.
+        tokens: what its results are known by, and after them arguments that it changed.
+        node: of the first result's graph.
+        held: whether its results are still there.
+        spares: whether its tangent can do without the values of its arguments.
+        waits: whether no one needs its value.
+    """
+
+    def __init__(self, func: Any, results: list[Tensor], tokens: list[int], *, is_view: bool):
+        self.func, self.tokens, self.is_view = func, tokens, is_view
+        self.traces = [Trace(result) for result in results]
+        # Unpacking what hooks have packed, as checkpoints do, might run a part of the model.
+        self.node = None if _has_hooks() or func not in _NORMS else results[0].grad_fn
+        self.has_graph = torch.is_grad_enabled()
+        self.had_gone = self.held = self.spares = self.waits = False
 
 
 class PrimalCache(TorchFunctionMode):
-    """What the products of a forward came to: as a context it takes note, then it is asked.
+    """What the functions of a forward came to: as a context it takes note, then it is asked.
 
-    A result is given back only for the very same bytes of input, weight and bias, so it is bitwise
-    what the product would be, whatever the model does meanwhile. Nothing is kept alive for that:
-    tensors that the graph of the losses does not hold, or that were changed in place since, or may
-    have been by way of ``.data``, NumPy or an address, are forgotten. Only what the loss function
-    does by such a way, or someone between two calls, is not seen. What is given back is a copy, so
-    that the graph stays as it is.
+    A result is given back, as it is, only for the very same arguments. Nothing is kept alive for
+    that: what the graph of the losses does not hold is forgotten, and so is memory that was changed
+    since, or may have been by way of ``.data``, NumPy or an address. A result that has gone, and
+    whose value no tangent needs, is not computed again either: memory of its shape, with nothing
+    in it, stands for it.
+
+    Args:
+        model: its buffers are known again by their names, in copies; None if they need not be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
-        self._calls: dict[Any, deque[_Call]] = defaultdict(deque)
+        self._model, self._depth = model, 0
+        self._tokens, self._calls = Tokens(), defaultdict[Key, list[Call]](list)
+        self._order: list[Call] = []
+        self._readers = defaultdict[int, list[Call]](list)
+        self._needed: set[int] = set()  # tokens of what someone reads who is not known
+        self._is_whole = True  # every function was seen
+        self._names: dict[str, int] = {}
+
+    def __enter__(self) -> "PrimalCache":
+        if not self._depth and self._model is not None:
+            self._names = {n: self._tokens.new(b) for n, b in self._model.named_buffers()}
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._depth -= 1
+        if not self._depth:
+            for call in self._order:
+                call.had_gone = not all(trace.is_there() for trace in call.traces)
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the function; takes note of it if it is a product."""
+        """Runs the function, and takes note of what it came to."""
+        kwargs = kwargs or {}
+        if func in ASKS:
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_layer(*args, **kwargs)
+        tensors, key, tokens = tensors_in(args, kwargs), None, []
+        for tensor in tensors:
+            token = self._tokens.of(tensor)
+            if token is None:
+                self._is_whole &= tensor.grad_fn is None
+                token = self._tokens.new(tensor)
+            tokens.append(token)
         if func in _UNSEEN:
-            self._forget(args[0])
-        result = func(*args, **(kwargs or {}))
-        if is_large_product(func, args) and result.requires_grad:
-            product = Product.of(func, *args, **(kwargs or {}))
-            # Linear layers take strided input one way with a graph, and another way without.
-            strided = func is F.linear and not product.tensors[0].is_contiguous()
-            if all(map(is_plain, product.tensors)) and not strided:
-                tensors = [None if t is None else _Trace(t) for t in product.tensors]
-                call = _Call(tensors, product.settings, _Trace(result))
-                self._calls[func, product.tensors[1].data_ptr()].append(call)
+            self._tokens.forget(tensors[0])
+        else:
+            key = self._key(func, args, kwargs)
+        versions = list(map(version_of, tensors))
+        result = func(*args, **kwargs)
+        results = tensors_in(result)
+        changed = [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
+        outputs = [self._tokens.of_or_new(each) for each in (*results, *changed)]
+        if key is None or not results:
+            self._needed.update(tokens)
+            return result
+        memory = {memory_of(tensor) for tensor in tensors}
+        is_view = not changed and all(memory_of(each) in memory for each in results)
+        call = Call(func, results, outputs, is_view=is_view)
+        self._calls[key].append(call)
+        self._order.append(call)
+        for token in tokens:
+            self._readers[token].append(call)
         return result
 
-    def recall(self, product: "Product") -> Tensor | None:
-        """The value of the product if it was computed before and is still there, or None."""
-        calls = self._calls.get((product.func, product.tensors[1].data_ptr()))
-        if not calls:
-            return None
-        call = calls.popleft()
-        if call.settings != product.settings:
-            return None
-        same = all(map(_same_bytes, call.tensors, product.tensors))
-        value = call.result() if same else None
-        return None if value is None else value.clone()
-
-    def _forget(self, tensor: Tensor) -> None:
-        """Forget the results in the memory of this tensor."""
-        if not is_plain(tensor):
-            return
-        for call in chain.from_iterable(self._calls.values()):
-            if call.result.shares_memory_with(tensor):
-                call.result.forget()
+    def take(self, tensors: list[Tensor], copies: list[Tensor]) -> None:
+        """Take the copies for the tensors as they are now, whatever becomes of these."""
+        for tensor, copy in zip(tensors, copies, strict=True):
+            self._tokens.give(copy, self._tokens.of_or_new(tensor))
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
-        """Look for weights and biases in these copies from now on, by the id of what was copied."""
-        calls = [(func, call) for (func, _), queue in self._calls.items() for call in queue]
-        self._calls.clear()
-        for func, call in calls:
-            for trace in filter(None, call.tensors[1:]):
-                trace.follow(copies)
-            weight = None if call.tensors[1] is None else call.tensors[1]()
-            if weight is not None:
-                self._calls[func, weight.data_ptr()].append(call)
+        """Take these copies for what they were copied of, by its id, from now on."""
+        for original, token in self._tokens.there():
+            copy = copies.get(id(original))
+            if copy is not None and copy.stride() == original.stride():
+                self._tokens.give(copy, token)
+
+    def again(self, by_tangent: set[Any], by_output: set[Any]) -> "Recall":
+        """For a pass that does the same again.
+
+        Args:
+            by_tangent: functions whose tangent needs no value.
+            by_output: those whose tangent needs the value that they come to alone.
+        """
+        for call in reversed(self._order):
+            call.held = all(t.is_there() and not self._tokens.is_lost(t) for t in call.traces)
+            readers = [r for token in call.tokens for r in self._readers[token] if r is not call]
+            known = call.is_view or call.func in by_tangent
+            call.waits = (
+                (call.had_gone and not call.held and self._is_whole)
+                and bool(readers)
+                and call.func not in by_output
+                and self._needed.isdisjoint(call.tokens)
+                and all(reader.spares for reader in readers)
+            )
+            call.spares = call.has_graph and (
+                (call.held and (known or call.func in by_output)) or (call.waits and known)
+            )
+        if self._model is not None:
+            buffers = dict(self._model.named_buffers())
+            for name in self._names.keys() & buffers.keys():
+                self._tokens.give(buffers[name], self._names[name])
+        return Recall(self._tokens, self._calls, self._key)
+
+    def _key(self, func: Any, args: Any, kwargs: Any) -> Key | None:
+        """What tells the call from others; None if that cannot be told."""
+        if func is F.batch_norm and argument(args, kwargs, 5, "training"):
+            # Whose running statistics have no say in what it comes to.
+            args, kwargs = (args[0], *args[3:]), {**kwargs, "running_mean": 0, "running_var": 0}
+        try:
+            parts = self._frozen(args), self._frozen(kwargs)
+        except _UnknownError:
+            return None
+        if func not in _FACTORIES and not tensors_in(args, kwargs):
+            return None
+        device = next((t.device.type for t in tensors_in(args, kwargs)), "cpu")
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return func, parts, autocast
+
+    def _frozen(self, value: Any) -> Hashable:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            token = self._tokens.of(value)
+            if token is None:
+                raise _UnknownError
+            return Tensor, token
+        if kind in _CONSTANTS:
+            return kind, value
+        if kind is float:
+            return value.hex()  # 0 is not −0
+        if kind in (tuple, list, torch.Size):
+            return kind, *map(self._frozen, value)
+        if kind is dict:
+            return *value, *map(self._frozen, value.values())
+        if kind is slice:
+            return slice, *map(self._frozen, (value.start, value.stop, value.step))
+        raise _UnknownError
 
 
-class Product(NamedTuple):
-    """A product to compute: its input, weight and bias, and all that it depends on besides."""
+class Recall:
+    """One pass that does again what the forward did: each of its calls finds that of the forward.
 
-    func: Callable[..., Tensor]
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    settings: tuple[Any, ...]
-
-    @classmethod
-    def of(
-        cls,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *rest: Any,
-        **named: Any,
-    ) -> "Product":
-        """A call of one of ``PRODUCTS``."""
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return cls(func, (input, weight, bias), (rest, named, autocast))
-
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same product of other tensors."""
-        rest, named, _ = self.settings
-        return self.func(input, weight, bias, *rest, **named)
-
-
-def is_large_product(func: Any, args: Any) -> bool:
-    """Whether it is a product that is worth a look, with the input as its first argument."""
-    return func in PRODUCTS and len(args) > 1 and args[0].numel() >= _LARGE
-
-
-class _Call(NamedTuple):
-    tensors: "list[_Trace | None]"
-    settings: tuple[Any, ...]
-    result: "_Trace"
-
-
-class _Trace:
-    """Finds a tensor again, as long as something else keeps it alive and as it was.
-
-    A view is found through its base, which a graph that holds any view of it keeps alive.
+    Of equal calls the first is the first, for they may have drawn random numbers.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        base = tensor if tensor._base is None else tensor._base
-        self._base, self._version, self._dtype = weakref.ref(base), base._version, tensor.dtype
-        self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
+    def __init__(
+        self,
+        tokens: Tokens,
+        calls: Mapping[Key, list[Call]],
+        key: Callable[[Any, Any, Any], Key | None],
+    ) -> None:
+        self._tokens, self._calls, self._key = tokens, calls, key
+        self._next: Counter[Key] = Counter()
+        self._absent: set[int] = set()  # tokens of what holds nothing
+        self._lent: set[int] = set()  # memory of the forward that was given back
+        self._stale: set[int] = set()  # memory that was to change and has not
 
-    def __call__(self) -> Tensor | None:
-        base = self._base()
-        if base is None or base._version != self._version or base.dtype != self._dtype:
+    def find(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]
+    ) -> tuple[Call | None, bool]:
+        """The call of the forward that was this one, and whether an argument holds nothing.
+
+        Raises:
+            Departure: it is none, and one with these arguments must not be run.
+        """
+        memory = set(map(memory_of, tensors))
+        if not (memory.isdisjoint(self._stale) or func is F.batch_norm):
+            raise Departure
+        if not memory.isdisjoint(self._lent) and _may_write(func, kwargs):
+            raise Departure
+        key = self._key(func, args, kwargs)
+        calls = () if key is None else self._calls.get(key, ())
+        call = None
+        if self._next[key] < len(calls):
+            call = calls[self._next[key]]
+            self._next[key] += 1
+        lacks = self._has_absent(tensors)
+        if lacks and not (call and call.spares):
+            raise Departure
+        return call, lacks
+
+    def value(self, call: Call) -> Tensor | None:
+        """What the call came to; memory of its shape if no one needs it; None if it has gone."""
+        trace = call.traces[0]
+        if len(call.traces) != 1 or not (call.held or call.waits):
             return None
-        if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of
-            return None
-        return base.detach().as_strided(*self._place)
+        if call.waits:
+            return trace.like()
+        value = trace()
+        self._lent.add(memory_of(value))
+        return value
 
-    def shares_memory_with(self, tensor: Tensor) -> bool:
-        """Whether it is, or was, in the same memory."""
-        base = self._base()
-        return base is not None and _memory(base) == _memory(tensor)
+    def unchanged(self, *tensors: Tensor | None) -> None:
+        """These were to be changed, and were not: nobody else may look at them."""
+        self._stale.update(memory_of(tensor) for tensor in tensors if tensor is not None)
 
-    def forget(self) -> None:
-        """Find it no more."""
-        self._version = -1
+    def note(
+        self, call: Call, tensors: list[Tensor], results: list[Tensor], *, waits: bool
+    ) -> None:
+        """What came of it this time is known as what came of it then."""
+        waits |= call.is_view and self._has_absent(tensors)
+        for result, token in zip(results, call.tokens, strict=False):
+            if self._tokens.of(result) is None:
+                self._tokens.give(result, token)
+            if waits:
+                self._absent.add(token)
 
-    def follow(self, copies: Mapping[int, Tensor]) -> None:
-        """Find the same place of a copy, if it was copied as it is."""
-        base = self._base()
-        copy = None if base is None else copies.get(id(base))
-        if copy is not None and base is not None and copy.stride() == base.stride():
-            self._base, self._version = weakref.ref(copy), copy._version
-
-
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether it is an ordinary tensor on the CPU, or none at all."""
-    kinds = (Tensor, torch.nn.Parameter)
-    return tensor is None or (
-        type(tensor) in kinds
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and not (tensor.is_inference() or tensor.is_neg() or tensor.is_conj())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    def _has_absent(self, tensors: list[Tensor]) -> bool:
+        return bool(self._absent) and any(self._tokens.of(t) in self._absent for t in tensors)
 
 
-def _same_bytes(trace: _Trace | None, other: Tensor | None) -> bool:
-    if trace is None or other is None:
-        return trace is None and other is None
-    one = trace()
-    if one is None:
-        return False
-    if one.dtype != other.dtype or one.size() != other.size() or one.stride() != other.stride():
-        return False
-    return one.data_ptr() == other.data_ptr() or torch.equal(_words(one), _words(other))
+class _UnknownError(Exception):
+    """An argument was not there before."""
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as integers, so that NaN is NaN and 0 is not −0; large for speed."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    size = tensor.element_size()
-    if dense and tensor.numel() * size % 8 == 0 == tensor.storage_offset() * size % 8:
-        flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-        return flat.view(torch.int64)
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+def argument(args: Any, kwargs: Any, index: int, name: str) -> Any:
+    return args[index] if len(args) > index else kwargs.get(name)
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _has_hooks() -> bool:
+    """Whether what graphs save is packed by hooks; so it is taken where PyTorch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+    return top(True) is not None
+
+
+def _may_write(func: Any, kwargs: Any) -> bool:
+    """Whether a function may change what it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    assigns = name.startswith(("__i", "__set")) and name not in ("__int__", "__index__")
+    return in_place or assigns or func in _UNSEEN or "out" in kwargs or bool(kwargs.get("inplace"))

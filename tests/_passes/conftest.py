@@ -1,22 +1,22 @@
+from typing import Any
+
 import pytest
 from torch import Tensor
 
-from reweight._passes import primal_cache
-from reweight._passes.primal_cache import PrimalCache
+from reweight._passes.primal_cache import Recall
 
 
 @pytest.fixture
-def recalled(monkeypatch) -> list[Tensor]:
-    """Everything is worth recalling; what was."""
-    found: list[Tensor] = []
-    ask = PrimalCache.recall
+def recalled(monkeypatch) -> list[tuple[Any, Tensor]]:
+    """Functions and what they had come to, where it was recalled."""
+    found: list[tuple[Any, Tensor]] = []
+    ask = Recall.value
 
-    def recall(self, product) -> Tensor | None:
-        value = ask(self, product)
-        if value is not None:
-            found.append(value)
-        return value
+    def value(self, call) -> Tensor | None:
+        result = ask(self, call)
+        if result is not None and call.held:
+            found.append((call.func, result))
+        return result
 
-    monkeypatch.setattr(primal_cache, "_LARGE", 0)
-    monkeypatch.setattr(PrimalCache, "recall", recall)
+    monkeypatch.setattr(Recall, "value", value)
     return found
