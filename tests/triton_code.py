@@ -68,6 +68,7 @@ def machine_code(architecture: int) -> list[MachineCode]:
         _, confidence, _, peak = triton_kernels.forward([logits], *options)
         upstream = torch.ones(1, 2)
         triton_kernels.backward([logits], *options, peak, confidence, upstream)
+        triton_kernels.tangent([logits], *options, peak, confidence, [logits])
 
     with patch.dict(vars(driver)), patch.object(JITFunction, "run", compile_only):
         driver.set_active(_Driver(architecture))

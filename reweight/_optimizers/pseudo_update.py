@@ -123,7 +123,8 @@ def _by_rule(
 ) -> tuple[list[Tensor], Tensor]:
     """One group, shard by shard."""
     states = [optimizer.state.get(p, {}) for p in parameters]
-    moved = list(parameters)
+    values_of: list[Tensor] = list(parameters)
+    slopes_of: list[Tensor | float] = [0.0] * len(parameters)
     num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
     for members in _together(parameters, states):
         chosen = [local(parameters[i]) for i in members]
@@ -144,9 +145,9 @@ def _by_rule(
             num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
             slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
         for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
-            shards = [shard_like(gradients[i], part) for part in (value, slope)]
-            moved[i] = _Moved.apply(gradients[i], *shards)  # type: ignore[no-untyped-call]
-    return moved, num_zero
+            values_of[i], slopes_of[i] = (shard_like(gradients[i], part) for part in (value, slope))
+    moved = _Moved.apply(slopes_of, *gradients, *values_of)  # type: ignore[no-untyped-call]
+    return list(moved), num_zero
 
 
 @torch.no_grad()
@@ -167,13 +168,19 @@ class _Moved(torch.autograd.Function):
     """θ̂ as a function of the gradient, entry by entry, when it is known together with its slope."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, value: Tensor, slope: Tensor | float) -> Tensor:
-        ctx.slope = slope
-        return value
+    def forward(ctx: Any, slopes: list[Tensor | float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.slopes = slopes
+        return tensors[len(slopes) :]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        return (cotangent * ctx.slope).to(cotangent.dtype), None, None
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = list(zip(cotangents, ctx.slopes, strict=True))
+        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
+        if numbers or all(isinstance(s, Tensor) and s.dtype == c.dtype for c, s in pairs):
+            gradients = list(torch._foreach_mul(cotangents, ctx.slopes))
+        else:
+            gradients = [(c * slope).to(c.dtype) for c, slope in pairs]
+        return None, *gradients, *(None,) * len(cotangents)
 
 
 _SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does

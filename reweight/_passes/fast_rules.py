@@ -1,66 +1,27 @@
 """Tangents of operations whose values are known: those alone are computed.
 
 What is linear in a tensor is taken of its tangent; what is not, mostly by the kernel of its
-backward, which is symmetric wherever each entry goes its own way. The tangent of BatchNorm is its
-backward too: with y = γ·x̂ + β, x̂ = (x − mean) / std per channel,
-
-    ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
-
-is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass; LayerNorm's is,
-but for γ, symmetric for each sample, and so is the softmax of attention.
+backward, which is symmetric wherever each entry goes its own way.
 
 A rule takes what is known of the call and its arguments, and gives a dual number, or None where
 PyTorch's own forward mode is to run. Dual numbers of a rule end the graph of an inner gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from reweight._passes.memory import tensors_in
+from reweight._passes.norm_rules import Known, Rule, attention, batch_norm, fitting, layer_norm
 from reweight._passes.operations import dual, have_tangents, is_continuous, unpack
 from reweight._passes.tangent_rules import embedding
 
 aten = torch.ops.aten
-Scalar: TypeAlias = Tensor | float
-
-
-class Known(NamedTuple):
-    """What the same call came to before.
-
-    Attributes:
-        value: that; None if it has gone.
-        node: of its graph.
-        waits: whether the value is memory with nothing in it.
-    """
-
-    value: Tensor | None = None
-    node: Any = None
-    waits: bool = False
-
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and 1/std of a norm, as its graph holds them; None if it does not, or not alone."""
-        if self.value is None or not hasattr(self.node, "_saved_result2"):
-            return None
-        try:
-            return self.node._saved_result1.detach(), self.node._saved_result2.detach()
-        except RuntimeError:  # its memory was given away
-            return None
-
-
-Rule: TypeAlias = Callable[..., Tensor | None]
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor | None:
-    """Both in one, unless autocast has made them differ."""
-    fits = value.dtype == tangent.dtype and value.shape == tangent.shape
-    return dual(value, tangent) if fits else None
 
 
 def product_rule(product: Callable[..., Tensor]) -> Rule:
@@ -94,7 +55,7 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         else:
             tangent.add_(product(dx, w, None, *args, **kw))
         assert tangent is not None
-        return _dual(value, tangent)
+        return fitting(value, tangent)
 
     return rule
 
@@ -103,7 +64,8 @@ def _in_order_of_memory(
     rule: Rule, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """A linear layer whose value no one needs: its tangent may lie in memory as the input does."""
-    order = sorted(range(input.dim() - 1), key=lambda i: -input.stride(i))
+    strides = input.stride()
+    order = sorted(range(input.dim() - 1), key=lambda i: -strides[i])
     back = [*map(order.index, range(input.dim() - 1)), input.dim() - 1]
     input = input.permute(*order, input.dim() - 1).contiguous()
     x = unpack(input)[0]
@@ -122,7 +84,7 @@ def _bilinear(product: Callable[..., Tensor]) -> Rule:
         if not parts:
             return None
         value = product(x, y) if known.value is None else known.value
-        return _dual(value, parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
+        return fitting(value, parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
 
     return rule
 
@@ -133,15 +95,15 @@ def _multiplied(known: Known, input: Any, other: Any) -> Tensor | None:
         return None
     value = torch.mul(x, y) if known.value is None else known.value
     if dx is not None and dy is not None:
-        return _dual(value, torch.mul(dx, y).addcmul_(x, dy))
-    return _dual(value, torch.mul(x, dy) if dx is None else torch.mul(dx, y))
+        return fitting(value, torch.mul(dx, y).addcmul_(x, dy))
+    return fitting(value, torch.mul(x, dy) if dx is None else torch.mul(dx, y))
 
 
 def _divided(known: Known, input: Any, other: Any, *, rounding_mode: Any = None) -> Tensor | None:
     (x, dx), (y, dy) = _parts(input), _parts(other)
     if dx is None or dy is not None or rounding_mode is not None:
         return None
-    return _dual(x / y if known.value is None else known.value, dx / y)
+    return fitting(x / y if known.value is None else known.value, dx / y)
 
 
 def _added(sign: int) -> Rule:
@@ -151,9 +113,9 @@ def _added(sign: int) -> Rule:
             return None
         value = torch.add(x, y, alpha=sign * alpha) if known.value is None else known.value
         if dx is not None and dy is not None:
-            return _dual(value, torch.add(dx, dy, alpha=sign * alpha))
+            return fitting(value, torch.add(dx, dy, alpha=sign * alpha))
         tangent = dx.expand(value.shape) if dy is None else dy.expand(value.shape) * (sign * alpha)
-        return _dual(value, tangent.clone() if dy is None else tangent)
+        return fitting(value, tangent.clone() if dy is None else tangent)
 
     return rule
 
@@ -172,7 +134,7 @@ def _linear(func: Callable[..., Any]) -> Rule:
         value = _of_each(_value, func, args, kwargs) if known.value is None else known.value
         tangent = _of_each(_tangent, func, args, kwargs)
         fits = isinstance(value, Tensor) and isinstance(tangent, Tensor)
-        return _dual(value, tangent) if fits else None
+        return fitting(value, tangent) if fits else None
 
     return rule
 
@@ -203,7 +165,7 @@ def _dropout(
         return None
     if x.stride() != dx.stride():
         dx = torch.empty_like(x).copy_(dx)
-    return _dual(value, F.dropout(dx, p, training))
+    return fitting(value, F.dropout(dx, p, training))
 
 
 def _by_output(func: Callable[[Tensor], Tensor], slope: Callable[[Tensor, Tensor], Tensor]) -> Rule:
@@ -214,7 +176,7 @@ def _by_output(func: Callable[[Tensor], Tensor], slope: Callable[[Tensor, Tensor
         if inplace or dx is None:
             return None
         y = func(x) if known.value is None else known.value
-        return _dual(y, slope(dx, y))
+        return fitting(y, slope(dx, y))
 
     return rule
 
@@ -224,14 +186,14 @@ def _gelu(known: Known, input: Tensor, approximate: str = "none") -> Tensor | No
     if dx is None:
         return None
     y = F.gelu(x, approximate=approximate) if known.value is None else known.value
-    return _dual(y, aten.gelu_backward(dx, x, approximate=approximate))
+    return fitting(y, aten.gelu_backward(dx, x, approximate=approximate))
 
 
 def _silu(known: Known, input: Tensor, inplace: bool = False) -> Tensor | None:
     x, dx = unpack(input)
     if inplace or dx is None:
         return None
-    return _dual(F.silu(x) if known.value is None else known.value, aten.silu_backward(dx, x))
+    return fitting(F.silu(x) if known.value is None else known.value, aten.silu_backward(dx, x))
 
 
 def _softmax(
@@ -244,112 +206,6 @@ def _softmax(
     return (
         dual(y, aten._softmax_backward_data(dx, y, dim, y.dtype)) if y.dtype == dx.dtype else None
     )
-
-
-def _batch_norm(
-    known: Known,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not training:
-        return None
-    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
-    if dx is None or (dweight is None) != (dbias is None):
-        return None
-    value, statistics = known.value, known.statistics()
-    if value is None or statistics is None:
-        value, *statistics = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
-    mean, inverse = statistics
-    tangent = aten.native_batch_norm_backward(
-        dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
-    )[0]
-    if dweight is not None:
-        # γ̇·x̂ + β̇, by the kernel of the evaluation mode with the statistics of this batch.
-        tangent += torch.native_batch_norm(
-            x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
-        )[0]
-    return _dual(value, tangent)
-
-
-def _layer_norm(
-    known: Known,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
-    # The kernels take two dtypes, as autocast gives them, forward but not backward.
-    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known.value)):
-        return None
-    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
-    if dx is None or (dweight is None) != (dbias is None):
-        return None
-    shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
-    value, statistics = known.value, known.statistics()
-    if value is None or statistics is None:
-        value, *statistics = torch.native_layer_norm(x, shape, weight, bias, eps)
-    mean, inverse = statistics
-    tangent = aten.native_layer_norm_backward(
-        dx, x, shape, mean, inverse, None, None, [True, False, False]
-    )[0]
-    if dweight is not None:
-        affine = torch.native_layer_norm(x, shape, dweight, dbias, eps)[0]
-        tangent = affine.add_(tangent) if weight is None else affine.addcmul_(tangent, weight)
-    elif weight is not None:
-        tangent *= weight
-    return _dual(value, tangent)
-
-
-def _attention(
-    known: Known,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
-    tensors = (query, key, value)
-    (q, dq), (k, dk), (v, dv) = map(unpack, tensors)
-    device = query.device.type
-    special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled(device)
-    special = special or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-    if special or dq is None or dk is None or dv is None:
-        with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
-            return F.scaled_dot_product_attention(
-                *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-    mixed = known.value
-    if mixed is None:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    q, dq, k, dk, v, dv = (
-        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, dq, k, dk, v, dv)
-    )
-    zero = q.new_zeros(())
-    scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(later, -torch.inf)
-    shares = scores.softmax(-1)
-    slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
-    change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
-    tangent = (change @ v).baddbmm_(shares, dv)
-    return _dual(mixed, tangent.view_as(mixed))
 
 
 def _embedding(known: Known, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -400,9 +256,9 @@ FAST_RULES: dict[Callable[..., Any], Rule] = {
     **_OF_TANGENT,
     F.gelu: _gelu,
     F.silu: _silu,
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-    F.scaled_dot_product_attention: _attention,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.scaled_dot_product_attention: attention,
 }
 BY_OUTPUT, BY_TANGENT = set(_OF_OUTPUT), set(_OF_TANGENT)
 """Functions whose tangents need, of all values, that of the result alone; or none."""

@@ -21,11 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from reweight._passes.custom_functions import applied_by
 from reweight._passes.eager import attention_layer
-from reweight._passes.fast_rules import BY_OUTPUT, BY_TANGENT, FAST_RULES, Known
+from reweight._passes.fast_rules import BY_OUTPUT, BY_TANGENT, FAST_RULES
 from reweight._passes.ladder import GRADIENTS, Ladder
 from reweight._passes.memory import is_plain, tensors_in
+from reweight._passes.norm_rules import Known
 from reweight._passes.operations import have_tangents
-from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache, argument
+from reweight._passes.primal_cache import ASKS, PrimalCache, argument
+from reweight._passes.recall import Call, Departure
 from reweight._passes.tangent_rules import RULES
 
 

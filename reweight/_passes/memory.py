@@ -128,7 +128,7 @@ def _base(tensor: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> _Place:
-    offset, size, stride = tensor.storage_offset(), tensor.size(), tensor.stride()
+    offset, size, stride = int(tensor.storage_offset()), tensor.size(), tensor.stride()
     return _Place(memory_of(tensor), offset, size, stride, tensor.dtype)
 
 

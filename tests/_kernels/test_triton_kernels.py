@@ -31,7 +31,8 @@ def test_nothing_spills_and_aligned_rows_move_128_bits_at_a_time(architecture) -
     for kernel in wide:
         num_elements = kernel.options["ROWS"] * kernel.options["BLOCK"]
         num_accesses = num_elements // (kernel.options["VECTOR"] * 32 * kernel.options["num_warps"])
-        assert kernel.num_wide_loads == num_accesses, kernel
+        num_matrices = 2 if "tangent" in kernel.name else 1
+        assert kernel.num_wide_loads == num_matrices * num_accesses, kernel
         assert kernel.num_wide_stores == ("backward" in kernel.name) * num_accesses, kernel
     # 100 classes in float32, 1000 and 8,192 a block in both; forward with and without smoothing
-    assert len(wide) == 15
+    assert len(wide) == 20

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from reweight._passes.primal_cache import Recall
+from reweight._passes.recall import Recall
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from reweight import MetaReweightStep, SampleReweighter
 from reweight._kernels import function
 from reweight._passes import forward
 from reweight._passes.fast_rules import BY_OUTPUT, BY_TANGENT
-from reweight._passes.primal_cache import Departure, PrimalCache, Recall
+from reweight._passes.primal_cache import PrimalCache
+from reweight._passes.recall import Departure, Recall
 from test_models import ROWS, UNCOMPILED, set_up
 
 
@@ -160,10 +161,10 @@ def test_only_the_very_same_is_recalled() -> None:
 def test_another_number_is_another_call() -> None:
     x = torch.randn(3)
     for one, other in ((2, 2.0), (1, True), (0.0, -0.0), (0.5, 0.25)):
-        cache, result = noted(torch.mul, x, one)
+        cache, kept = noted(torch.mul, x, one)
         recall = cache.again(BY_TANGENT, BY_OUTPUT)
         assert recall.find(torch.mul, (x, other), {}, [x])[0] is None
-        assert recall.find(torch.mul, (x, one), {}, [x])[0] is not None
+        assert torch.equal(recall.value(recall.find(torch.mul, (x, one), {}, [x])[0]), kept)
 
 
 def test_equal_calls_are_found_in_their_order() -> None:
@@ -184,6 +185,7 @@ def test_memory_that_was_given_back_may_not_be_written() -> None:
     cache, result = noted(torch.sin, x)
     recall = cache.again(BY_TANGENT, BY_OUTPUT)
     value = recall.value(recall.find(torch.sin, (x,), {}, [x])[0])
+    assert value.data_ptr() == result.data_ptr()
     with pytest.raises(Departure):
         recall.find(Tensor.mul_, (value, 2), {}, [value])
 

@@ -1,0 +1,161 @@
+"""Tangents of norms and attention, by the fused kernels of their backwards.
+
+The tangent of BatchNorm is its backward: with y = γ·x̂ + β, x̂ = (x − mean) / std per channel,
+
+    ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
+
+is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass; LayerNorm's is,
+but for γ, symmetric for each sample, and so is the softmax of attention.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from reweight._passes.operations import dual, unpack
+
+aten = torch.ops.aten
+
+
+class Known(NamedTuple):
+    """What the same call came to before.
+
+    Attributes:
+        value: that; None if it has gone.
+        node: of its graph.
+        waits: whether the value is memory with nothing in it.
+    """
+
+    value: Tensor | None = None
+    node: Any = None
+    waits: bool = False
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and 1/std of a norm, as its graph holds them; None if it does not, or not alone."""
+        if self.value is None or not hasattr(self.node, "_saved_result2"):
+            return None
+        try:
+            return self.node._saved_result1.detach(), self.node._saved_result2.detach()
+        except RuntimeError:  # its memory was given away
+            return None
+
+
+Rule: TypeAlias = Callable[..., Tensor | None]
+
+
+def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
+    """Both in one, unless autocast has made them differ."""
+    fits = value.dtype == tangent.dtype and value.shape == tangent.shape
+    return dual(value, tangent) if fits else None
+
+
+def batch_norm(
+    known: Known,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not training:
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    value, statistics = known.value, known.statistics()
+    if value is None or statistics is None:
+        value, mean, inverse = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+    else:
+        mean, inverse = statistics
+    tangent = aten.native_batch_norm_backward(
+        dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
+    )[0]
+    if dweight is not None:
+        # γ̇·x̂ + β̇, by the kernel of the evaluation mode with the statistics of this batch.
+        tangent += torch.native_batch_norm(
+            x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
+        )[0]
+    return fitting(value, tangent)
+
+
+def layer_norm(
+    known: Known,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
+    # The kernels take two dtypes, as autocast gives them, forward but not backward.
+    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known.value)):
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
+    value, statistics = known.value, known.statistics()
+    if value is None or statistics is None:
+        value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+    else:
+        mean, inverse = statistics
+    tangent = aten.native_layer_norm_backward(
+        dx, x, shape, mean, inverse, None, None, [True, False, False]
+    )[0]
+    if dweight is not None:
+        affine = torch.native_layer_norm(x, shape, dweight, dbias, eps)[0]
+        tangent = affine.add_(tangent) if weight is None else affine.addcmul_(tangent, weight)
+    elif weight is not None:
+        tangent *= weight
+    return fitting(value, tangent)
+
+
+def attention(
+    known: Known,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
+    tensors = (query, key, value)
+    (q, dq), (k, dk), (v, dv) = map(unpack, tensors)
+    device = query.device.type
+    special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled(device)
+    special = special or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if special or dq is None or dk is None or dv is None:
+        with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
+            return F.scaled_dot_product_attention(
+                *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    mixed = known.value
+    if mixed is None:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q, dq, k, dk, v, dv = (
+        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, dq, k, dk, v, dv)
+    )
+    zero = q.new_zeros(())
+    scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(later, -torch.inf)
+    shares = scores.softmax(-1)
+    slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
+    change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
+    tangent = (change @ v).baddbmm_(shares, dv)
+    return fitting(mixed, tangent.view_as(mixed))
