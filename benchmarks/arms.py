@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reweight import (
     BudgetedObjective,
+    DirectWeights,
     ExitLosses,
     MeanObjective,
     MetaLoss,
@@ -327,7 +328,8 @@ class Arm:
     Args:
         weighting: (K, B) → weighting.
         learned: the weighting is learned by a MetaReweightStep; else it just weighs.
-        lr: of its Adam (weight decay 1e-4, as published); None for SGD of lr 1.
+        lr: of its Adam (weight decay 1e-4, as published); None for the step's own default, or for
+            SGD of lr 1 of free weights.
         options: of the MetaReweightStep.
         meta: where the meta batches come from: the "halves" of each batch, "extra" held-out samples
             beside the training set, samples held out "of the training set", the "test" set
@@ -358,12 +360,12 @@ class Arm:
     frozen_from: str | None = None
 
 
-def ours(*, lr: float = 1e-4, **changes: Any) -> Arm:
+def ours(*, lr: float | None = 1e-4, **changes: Any) -> Arm:
     """The published method, with one thing changed."""
     names = ("meta", "meta_share", "warm_up", "augment", "dropout", "weighting")
     mine = {name: changes.pop(name) for name in names if name in changes}
     kind = changes.pop("kind", SampleReweighter)
-    options = ("objective", "interval", "lagged", "train_fraction", "moves")
+    options = ("objective", "interval", "lagged", "train_fraction", "moves", "loss")
     steps = {name: changes.pop(name) for name in options if name in changes}
     return Arm(
         **{"weighting": reweighter(kind, **changes), **mine}, learned=True, lr=lr, options=steps
@@ -447,6 +449,19 @@ ARMS: dict[str, Arm] = {
     "sigmoid, a quarter": ours(form="sigmoid", lr=1e-3, train_fraction=0.25, meta_share=0.25),
     "sigmoid, moves the end": ours(
         form="sigmoid", lr=1e-3, moves=lambda name: name.startswith(("exits.", "blocks.4."))
+    ),
+    # What a weight may see, and weights that need not be learned.
+    "direct weights": Arm(
+        lambda num_exits, batch_size: DirectWeights(num_exits), learned=True, lr=None
+    ),
+    "sigmoid, class, lr 1e-2, interval 10": ours(
+        form="sigmoid", lr=1e-2, interval=10, num_classes=10
+    ),
+    "predicted, interval 10": ours(
+        form="predicted",
+        lr=None,
+        interval=10,
+        num_classes=10,
     ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),

@@ -101,4 +101,5 @@ def contestant(net: str | Net, optimizer_name: str, name: str) -> tuple[Callable
     g = SampleReweighter(net.num_exits)
     g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4)
     step = CONTESTANTS[name](model, OPTIMIZERS[optimizer_name](model), g, g_optimizer)
-    return partial(step, net.batch(), net.batch()), 10 if name == "ours, interval 10" else 1
+    num_steps = net.num_steps * (10 if name == "ours, interval 10" else 1)
+    return partial(step, net.batch(), net.batch()), num_steps

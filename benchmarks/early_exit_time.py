@@ -42,7 +42,8 @@ def train_and_calibrate(data: Data, num_steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     net = MSDNet(data.num_classes, in_channels=1)
     optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    for _, (images, target) in zip(range(num_steps), training_batches(data, 64), strict=False):
+    batches = training_batches(data.train, data, 64)
+    for _, ((images, _), target) in zip(range(num_steps), batches, strict=False):
         optimizer.zero_grad()
         exit_cross_entropy(net(images), target).losses.mean(0).sum().backward()
         optimizer.step()

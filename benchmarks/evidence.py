@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from arms import ARMS, Arm, GradNorm
+from arms import ARMS, Arm, FreeWeights, GradNorm
 from reweight import (
     ExitLosses,
     MetaReweightStep,
@@ -52,6 +52,7 @@ class Experiment:
         epochs: of the conventional arm.
         train_size: samples to train on.
         label_noise: share of them with a wrong label.
+        neighbours: wrong labels are all those of the next class, as real mistakes are of a kind.
         long_tail: size of the first class over the last.
         num_clean: held-out samples that serve as clean, or extra, meta data, all classes alike; at
             most half of those that are held out.
@@ -67,6 +68,7 @@ class Experiment:
     epochs: int
     train_size: int | None
     label_noise: float = 0.0
+    neighbours: bool = False
     long_tail: float = 1.0
     num_clean: int = 1000
     meta: str = "halves"
@@ -98,6 +100,26 @@ EXPERIMENTS = {
             hidden=256,
         )
         for percent in (20, 40)
+        for num_exits, suffix in ((1, ""), (5, "-exits"))
+    },
+    **{
+        f"{data}-{kind}{suffix}": Experiment(
+            data,
+            num_exits,
+            *size,
+            label_noise=share,
+            neighbours=kind == "neighbours",
+            meta="extra",
+            batch_size=batch_size,
+            lr=lr,
+            width=8,
+            hidden=256,
+        )
+        for data, size, batch_size, lr in (
+            ("digits", (20, None), 64, 0.05),
+            ("fashion-mnist", (10, 10_000), 128, 0.1),
+        )
+        for kind, share in (("clean", 0.0), ("symmetric", 0.4), ("neighbours", 0.4))
         for num_exits, suffix in ((1, ""), (5, "-exits"))
     },
     "long-tail": Experiment(
@@ -194,6 +216,7 @@ def splits(experiment: Experiment, seed: int) -> dict[str, Samples]:
         experiment.data,
         seed=seed,
         label_noise=experiment.label_noise,
+        neighbours=experiment.neighbours,
         long_tail=experiment.long_tail,
         train_size=experiment.train_size,
     )
@@ -245,14 +268,16 @@ class Run:
         if isinstance(self.weighting, GradNorm):
             self.weighting.shared = self.model.blocks[0][0].weight
         if arm.learned:
-            parameters = self.weighting.parameters()
+            parameters, optimizer = self.weighting.parameters(), None
+            if arm.lr is not None:
+                optimizer = Adam(parameters, arm.lr, weight_decay=1e-4)
+            elif isinstance(self.weighting, FreeWeights):
+                optimizer = SGD(parameters, 1.0)
             self.step = MetaReweightStep(
                 self.model,
                 self.optimizer,
                 self.weighting,
-                reweighter_optimizer=SGD(parameters, 1.0)
-                if arm.lr is None
-                else Adam(parameters, arm.lr, weight_decay=1e-4),
+                reweighter_optimizer=optimizer,
                 **arm.options,
             )
         self.generator = torch.Generator().manual_seed(seed)
@@ -348,7 +373,7 @@ class Run:
                 samples.images.split(500), samples.labels.split(500), strict=True
             )
         ]
-        return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return ExitLosses.cat(parts)
 
     def accuracies(self) -> dict[str, Any]:
         """On the test set, in percent; thresholds from the calibration set."""

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from msdnet import MSDNet
-from small import MultiExitConvNet
+from small import MultiExitConvNet, MultiExitMLP
 
 Batch = tuple[Tensor, Tensor]
 
@@ -105,11 +105,13 @@ class Net:
         build: makes the model.
         num_exits: K.
         batch: makes a batch.
+        num_steps: how many are timed together.
     """
 
     build: Callable[[], nn.Module]
     num_exits: int
     batch: Callable[[], Batch]
+    num_steps: int = 1
 
 
 def images(num_images: int, num_classes: int = 10, side: int = 32) -> Batch:
@@ -126,12 +128,14 @@ NETS = {
     "msdnet": Net(lambda: MSDNet(10), 5, partial(images, 64)),
     "vit": Net(ViT, 4, partial(images, 64)),
     "lm": Net(LanguageModel, 4, partial(texts, 8)),
+    "perceptron": Net(lambda: MultiExitMLP((3, 8, 8), 10), 4, partial(images, 32, 10, 8), 50),
 }
 TINY_NETS = {
     "conv": Net(lambda: MultiExitConvNet((3, 8, 8), 4, 3, 4), 3, partial(images, 12, 4, 8)),
     "msdnet": Net(lambda: MSDNet(4, num_exits=2, channels=4, growth=2), 2, partial(images, 6, 4)),
     "vit": Net(lambda: ViT(8, 4, 4), 2, partial(images, 6, 4)),
     "lm": Net(lambda: LanguageModel(12, 5, 8, 4), 2, partial(texts, 4, 12, 5)),
+    "perceptron": Net(lambda: MultiExitMLP((3, 4, 4), 4, 3, 6), 3, partial(images, 12, 4, 4)),
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), lr=1e-3, momentum=0.9),

@@ -8,9 +8,9 @@ one pass that is differentiated twice, state is handed over by reference where t
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterable
 
-import higher
 import torch
 import torchopt
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ def by_higher(
     model: nn.Module, optimizer: Optimizer, g: SampleReweighter, g_optimizer: Optimizer
 ) -> Step:
     """Higher patches a copy of the model and of the optimizer; 0.2.1 knows no AdamW."""
+    import higher  # it may be missing
 
     def step(train: Batch, meta: Batch) -> None:
         with higher.innerloop_ctx(model, optimizer) as (patched, differentiable):
@@ -155,5 +156,5 @@ def by_higher(
 PEERS: dict[str, Build] = {
     "published recipe": published,
     "torchopt Meta*": by_torchopt,
-    "higher": by_higher,
+    **({"higher": by_higher} if importlib.util.find_spec("higher") else {}),
 }

@@ -33,7 +33,8 @@ SIGMOID = "sigmoid, lr 1e-2, interval 10"
 # What the arms of an experiment are compared with, if it was run, beside conventional training.
 BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 # What the plots show, if it was run: few enough lines to read.
-CURVES = ("conventional", "frozen random", "published", "lr 1e-3", SIGMOID)
+PREDICTED, DIRECT = "predicted, interval 10", "direct weights"
+CURVES = ("conventional", "frozen random", "published", "lr 1e-3", SIGMOID, PREDICTED, DIRECT)
 PLOTTED = {
     "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
     "fashion-5k": ("conventional", "frozen random", "interval 10, lr 1e-3"),
@@ -46,6 +47,8 @@ COLORS = {
     "lr 1e-3": "#7e22ce",
     "interval 10, lr 1e-3": "#c2410c",
     SIGMOID: "#15803d",
+    PREDICTED: "#c2410c",
+    DIRECT: "#7e22ce",
     "Meta-Weight-Net": "#0e7490",
     "L2RW": "#7e22ce",
     "sigmoid": "#0e7490",

@@ -38,7 +38,7 @@ OLDER_NUMPY = "2.3.5"
 WARNING = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
 COMPILE = """
 import json, triton_code
-for architecture in triton_code.ARCHITECTURES:
+for architecture in (80, 90, 100):
     try:
         kernels = triton_code.machine_code(architecture)
     except RuntimeError as error:
@@ -52,6 +52,7 @@ for architecture in triton_code.ARCHITECTURES:
         "registers": max(kernel.num_registers for kernel in kernels),
         "stack": max(kernel.stack_bytes for kernel in kernels),
         "spills": sum(kernel.num_spills for kernel in kernels),
+        "narrow": sum(kernel.is_narrow for kernel in kernels),
     }))
 """
 
@@ -96,9 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", default=list(VERSIONS))
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
-    print("stack: the most bytes that a kernel uses; spills: instructions in all kernels together")
+    print("stack: the most bytes that a kernel uses; spills: instructions in all kernels together;")
+    print("narrow: kernels whose rows are aligned and yet do not move 128 bits at a time")
     names = ("Triton", "pinned by", "NumPy", "parity")
-    columns = ("architecture", "kernels", "registers", "stack", "spills")
+    columns = ("architecture", "kernels", "registers", "stack", "spills", "narrow")
     print("{:<8}{:<12}{:<7}{:>9}".format(*names) + "".join(f"{name:>13}" for name in columns))
     for version in parser.parse_args().versions:
         found = check(version)

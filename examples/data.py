@@ -100,6 +100,8 @@ class Data:
 
     Attributes:
         train: Training samples, with whatever noise and imbalance was asked for.
+        meta: Clean samples set aside from the training data, all classes alike, to judge by; None
+            if none were asked for.
         calibration: Clean samples held out of the training data, for the exits' thresholds.
         test: Test samples.
         train_clean_labels: Labels [N] of `train` before label noise.
@@ -109,6 +111,7 @@ class Data:
     """
 
     train: _Part
+    meta: _Part | None
     calibration: _Part
     test: _Part
     train_clean_labels: Tensor
@@ -123,8 +126,10 @@ def load_data(
     *,
     seed: int = 0,
     label_noise: float = 0.0,
+    neighbours: bool = False,
     long_tail: float = 1.0,
     train_size: int | None = None,
+    meta_size: int = 0,
     download: bool = False,
 ) -> Data:
     """Read a data set, split it and make its training set as hard as asked.
@@ -139,8 +144,11 @@ def load_data(
         data_dir: Where the files are; by default data/NAME, then /usr/share/datasets/NAME.
         seed: Of every random choice made here. The global random state plays no part.
         label_noise: Share of the training labels replaced by a different class, drawn uniformly.
+        neighbours: Take the next class in place of one drawn, the first after the last.
         long_tail: How many times more samples the first class keeps than the last: class c of C
             keeps the largest class's number times `long_tail ** (-c / (C - 1))`, if it has them.
+        meta_size: How many samples to set aside, of each class alike, before the training set is
+            made smaller or harder.
         train_size: How many training samples to keep, of each class in proportion, before the
             tail is cut; by default all.
         download: Fetch the files into `data_dir` if they are not there.
@@ -166,21 +174,25 @@ def load_data(
     # Digits comes without its test quarter: a fifth of the rest is 15 % of the whole.
     num_held_out = max(1, round(len(order) / (5 if name == "digits" else 10)))
     held_out, train = order[:num_held_out], order[num_held_out:]
+    if not 0 <= meta_size < len(train):
+        raise ValueError(f"meta_size must be from 0 to {len(train) - 1}, got {meta_size}")
+    meta, train = _balanced(labels, train, meta_size, num_classes)
     if train_size is not None and not 1 <= train_size <= len(train):
         raise ValueError(
-            f"train_size must be from 1 to {len(train)}, all that {name} has beside its "
-            f"calibration set, got {train_size}"
+            f"train_size must be from 1 to {len(train)}, all that {name} has beside what is held "
+            f"out, got {train_size}"
         )
     train = train[:train_size]
     tail = long_tail ** (-torch.arange(num_classes) / max(num_classes - 1, 1))
     quota = (labels[train].bincount().max() * tail).round().clamp_min(1)
     train = train[_rank_in_class(labels[train]) < quota[labels[train]]]
-    train_labels = _mislabel(labels[train], label_noise, num_classes, generator)
+    train_labels = _mislabel(labels[train], label_noise, neighbours, num_classes, generator)
 
-    parts: tuple[_Part, _Part, _Part]
+    parts: tuple[_Part, _Part, _Part, _Part]
     if name == "imagefolder":
         parts = (
             ImageFolder(inputs[train], train_labels, random_crop=True),
+            ImageFolder(inputs[meta], labels[meta], random_crop=True),
             ImageFolder(inputs[held_out], labels[held_out]),
             ImageFolder(test_inputs, test_labels),
         )
@@ -189,12 +201,14 @@ def load_data(
         std, mean = torch.std_mean(images, dim=(0, 2, 3), keepdim=True)
         parts = (
             TensorDataset((images - mean) / std, train_labels),
+            TensorDataset((inputs[meta] - mean) / std, labels[meta]),
             TensorDataset((inputs[held_out] - mean) / std, labels[held_out]),
             TensorDataset((test_inputs - mean) / std, test_labels),
         )
-    shape = tuple(parts[2][0][0].shape)
+    shape = tuple(parts[3][0][0].shape)
     crop = name in ("cifar10", "cifar100")  # ImageFolder crops by itself
-    return Data(parts[0], parts[1], parts[2], labels[train], num_classes, shape, crop)
+    given = parts[0], parts[1] if meta_size else None, parts[2], parts[3]
+    return Data(*given, labels[train], num_classes, shape, crop)
 
 
 def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -222,6 +236,14 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return rank
 
 
+def _balanced(labels: Tensor, rows: Tensor, size: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """So many of the rows, one of each class in turn, and the others, in their order."""
+    turn = _rank_in_class(labels[rows]) * num_classes + labels[rows]
+    chosen = torch.zeros(len(rows), dtype=torch.bool)
+    chosen[turn.argsort()[:size]] = True
+    return rows[chosen], rows[~chosen]
+
+
 def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A random order [N] of which every stretch holds the classes in proportion."""
     shuffled = torch.randperm(len(labels), generator=generator)
@@ -230,9 +252,12 @@ def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[place.argsort(stable=True)]
 
 
-def _mislabel(labels: Tensor, share: float, num_classes: int, generator: torch.Generator) -> Tensor:
+def _mislabel(
+    labels: Tensor, share: float, neighbours: bool, num_classes: int, generator: torch.Generator
+) -> Tensor:
     wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    offset = torch.randint(1, max(num_classes, 2), wrong.shape, generator=generator)
+    bound = 2 if neighbours else max(num_classes, 2)
+    offset = torch.randint(1, bound, wrong.shape, generator=generator)
     noisy = labels.clone()
     noisy[wrong] = (noisy[wrong] + offset) % num_classes
     return noisy

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     powers = saved["thresholds"]
     power = min(powers, key=lambda each: abs(each - chosen.power))
     settings = saved["settings"]
-    names = ("seed", "label_noise", "long_tail", "train_size")
+    names = ("seed", "label_noise", "long_tail", "train_size", "meta_size")
     folder = settings["data_dir"] and Path(settings["data_dir"])
     try:
         data = load_data(settings["data"], folder, **{name: settings[name] for name in names})

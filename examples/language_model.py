@@ -179,11 +179,8 @@ def exit_losses(model: HiddenStateExits, hidden: list[Tensor], target: Tensor) -
 def evaluate(model: HiddenStateExits, rows: Tensor) -> ExitLosses:
     """Every exit on every token [N, K]."""
     model.eval()
-    parts = [
-        exit_losses(model, model(some[:, :-1]), some[:, 1:])[:3]  # every token counts
-        for some in rows.split(64)
-    ]
-    return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    parts = [exit_losses(model, model(some[:, :-1]), some[:, 1:]) for some in rows.split(64)]
+    return ExitLosses.cat(parts)
 
 
 def measure(model: HiddenStateExits, held_out: Tensor, test: Tensor) -> dict[str, float]:

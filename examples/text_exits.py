@@ -180,7 +180,7 @@ def evaluate(model: nn.Module, samples: Samples) -> ExitLosses:
         exit_cross_entropy([logits.double() for logits in model(*inputs)], target)
         for inputs, target in samples.batches(100)
     ]
-    return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return ExitLosses.cat(parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

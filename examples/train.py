@@ -1,8 +1,9 @@
 """Train a multi-exit net twice, conventionally and reweighted, and compare what its exits can do.
 
-With no arguments: scikit-learn's digits and a small convolutional net, in about a minute. Both
-trainings begin with the same parameters and see the same batches in the same order; they differ in
-the weights of the samples alone. Under ``torchrun`` each process takes its share of every batch.
+With no arguments: scikit-learn's digits, of which 40 % have a wrong label, a small convolutional
+net of five exits, and 100 samples with right labels to judge by. Both trainings begin with the same
+parameters and see the same batches in the same order; they differ in the weights of the samples
+alone. Under ``torchrun`` each process takes its share of every batch.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -42,6 +45,7 @@ from ranet import RANet
 from reweight import (
     BudgetedObjective,
     BudgetPoint,
+    DirectWeights,
     ExitLosses,
     MeanObjective,
     MetaReweightStep,
@@ -56,6 +60,7 @@ from small import MultiExitConvNet, MultiExitMLP
 from staged import StagedNet
 
 ARMS = ("conventional", "reweighted")
+FORMS = ("predicted", "direct", "sigmoid", "tanh")
 MODELS: dict[str, Callable[[Data], StagedNet]] = {
     "mlp": lambda data: MultiExitMLP(data.input_shape, data.num_classes),
     "conv": lambda data: MultiExitConvNet(data.input_shape, data.num_classes),
@@ -65,21 +70,40 @@ MODELS: dict[str, Callable[[Data], StagedNet]] = {
 
 
 class Recipe(NamedTuple):
-    """What suits a data set. Each step trains on half a batch; the other half is meta data."""
+    """What suits a data set."""
 
     model: str
     epochs: int
     batch_size: int
     lr: float
+    label_noise: float
+    meta_size: int
 
 
 RECIPES = {
-    "digits": Recipe("conv", epochs=20, batch_size=64, lr=0.05),
-    "fashion-mnist": Recipe("conv", epochs=15, batch_size=256, lr=0.1),
-    "cifar10": Recipe("msdnet", epochs=300, batch_size=128, lr=0.1),
-    "cifar100": Recipe("msdnet", epochs=300, batch_size=128, lr=0.1),
-    "imagefolder": Recipe("conv", epochs=90, batch_size=128, lr=0.1),
+    "digits": Recipe("conv", 20, 64, 0.05, label_noise=0.4, meta_size=100),
+    "fashion-mnist": Recipe("conv", 15, 256, 0.1, label_noise=0.4, meta_size=1000),
+    "cifar10": Recipe("msdnet", 300, 128, 0.1, label_noise=0.0, meta_size=1000),
+    "cifar100": Recipe("msdnet", 300, 128, 0.1, label_noise=0.0, meta_size=1000),
+    "imagefolder": Recipe("conv", 90, 128, 0.1, label_noise=0.0, meta_size=1000),
 }
+ADAMW_LR = 1e-3
+
+
+class Method(NamedTuple):
+    """What suits the labels: of wrong ones, clean samples are the judge; else each other half."""
+
+    form: str
+    meta: str
+    objective: str
+    interval: int
+
+
+NOISY = {
+    "symmetric": Method("sigmoid", meta="held-out", objective="mean", interval=10),
+    "neighbour": Method("predicted", meta="held-out", objective="mean", interval=10),
+}
+CLEAN = Method("tanh", meta="halves", objective="budgeted", interval=1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,8 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
             settings.data_dir,
             seed=settings.seed,
             label_noise=settings.label_noise,
+            neighbours=settings.noise == "neighbour",
             long_tail=settings.long_tail,
             train_size=settings.train_size,
+            meta_size=settings.meta_size,
             download=settings.download,
         )
         checkpoint = Checkpoint(
@@ -114,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.batch_size % (2 * num_ranks) and num_ranks > 1:
         sys.exit(f"error: --batch-size must be a multiple of {2 * num_ranks}, two for each process")
     settings.out.mkdir(parents=True, exist_ok=True)
+    console.print(introduction(data, settings))
     for arm in ARMS:
         if arm not in checkpoint.finished:
             train(arm, data, settings, checkpoint, console)
@@ -121,6 +148,25 @@ def main(arguments: list[str] | None = None) -> None:
         report(data, settings, checkpoint, console)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def introduction(data: Data, settings: argparse.Namespace) -> str:
+    """What is about to be trained, with the defaults that were chosen."""
+    wrong = f"{settings.label_noise:.0%} wrong labels ({settings.noise})"
+    judge = "the other half of each batch"
+    if data.meta is not None:
+        judge = f"{len(data.meta)} held-out samples with right labels"
+    lines = [
+        f"{settings.data}, {len(data.train):,} training samples, "
+        + (wrong if settings.label_noise else "right labels"),
+        f"--model {settings.model} --optimizer {settings.optimizer} --lr {settings.lr:g} "
+        f"--epochs {settings.epochs} --batch-size {settings.batch_size}",
+        f"--form {settings.form} --objective {settings.objective} --interval {settings.interval}, "
+        f"judged by {judge}",
+    ]
+    if not settings.label_noise and settings.long_tail == 1:
+        lines.append("With right labels and all classes alike, expect no difference but by chance.")
+    return "\n".join(lines)
 
 
 def rank_and_number() -> tuple[int, int]:
@@ -136,29 +182,52 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="where the files are")
     add("--download", action="store_true", help="fetch missing files into the data directory")
     add("--train-size", type=int, help="train on so many samples (default: all)")
-    add("--label-noise", type=float, default=0.0, help="share of the training labels made wrong")
+    add("--label-noise", type=float, help="share of wrong training labels (default: by data set)")
+    add("--noise", choices=("symmetric", "neighbour"), default="symmetric", help="any, or the next")
     add("--long-tail", type=float, default=1.0, help="size of the first class over the last")
+    add("--meta", choices=("halves", "held-out"), help="what judges (default: by label noise)")
+    add("--meta-size", type=int, help="held-out samples with right labels (default: by data set)")
     add("--model", choices=MODELS, help="default: by data set")
     add("--epochs", type=int, help="default: by data set")
-    add("--batch-size", type=int, help="each step trains on one half (default: by data set)")
+    add("--batch-size", type=int, help="halves: a step trains on one (default: by data set)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd")
     add("--lr", type=float, help="learning rate at the start (default: by data set)")
+    add("--amp", action="store_true", help="forward in bfloat16")
     add("--seed", type=int, default=0, help="of the split, the first parameters and the order")
-    add("--objective", choices=("budgeted", "mean"), default="budgeted", help="the meta loss")
+    add("--form", choices=FORMS, help="of the weights (default: by label noise)")
+    add("--objective", choices=("budgeted", "mean"), help="meta loss (default: by label noise)")
     add("--reweighter-input", choices=("losses", "confidences", "both"), default="losses")
-    add("--interval", type=int, default=1, help="steps from one reweighter update to the next")
+    add("--interval", type=int, help="steps between updates (default: by label noise)")
     add("--out", type=Path, help="folder for the results (default: runs/DATA)")
     add("--resume", action="store_true", help="go on from the checkpoint in that folder")
     settings = parser.parse_args(arguments)
-    for name, value in RECIPES[settings.data]._asdict().items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    for name, least in (("epochs", 1), ("batch_size", 2), ("interval", 1)):
+    if settings.optimizer == "adamw" and settings.lr is None:
+        settings.lr = ADAMW_LR
+    fill(settings, RECIPES[settings.data])
+    method = NOISY[settings.noise] if settings.label_noise else CLEAN
+    if settings.form in ("direct", "predicted"):
+        method = method._replace(objective="mean")
+    if settings.form == "direct":
+        method = method._replace(interval=1)
+    fill(settings, method)
+    if settings.meta == "halves":
+        settings.meta_size = 0
+    for name, least in (("epochs", 1), ("batch_size", 2), ("interval", 1), ("meta_size", 0)):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if settings.form == "direct" and settings.interval > 1:
+        parser.error("--interval must be 1 for direct weights: each batch has its own")
     if settings.data == "imagefolder" and settings.model in ("msdnet", "ranet"):
         parser.error(f"--model {settings.model} is for small images; use --model conv")
     settings.out = settings.out or Path("runs", settings.data)
     return settings
+
+
+def fill(settings: argparse.Namespace, defaults: NamedTuple) -> None:
+    """Set what was not given."""
+    for name, value in defaults._asdict().items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
 
 
 def describe(settings: argparse.Namespace) -> dict[str, Any]:
@@ -176,12 +245,16 @@ def train(
     bare = MODELS[settings.model](data)
     costs = costs_of(bare, data)
     model = DistributedDataParallel(bare) if dist.is_initialized() else bare
-    optimizer = SGD(model.parameters(), settings.lr, 0.9, weight_decay=1e-4, nesterov=True)
+    optimizer: Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = SGD(model.parameters(), settings.lr, 0.9, weight_decay=1e-4, nesterov=True)
+    else:
+        optimizer = AdamW(model.parameters(), settings.lr)
     scheduler = CosineAnnealingLR(optimizer, settings.epochs)
     step = MetaReweightStep(
         model,
         optimizer,
-        SampleReweighter(len(costs), inputs=settings.reweighter_input),
+        reweighter_for(len(costs), data, settings),
         objective=BudgetedObjective() if settings.objective == "budgeted" else MeanObjective(),
         interval=settings.interval,
     )
@@ -190,25 +263,28 @@ def train(
         parts["step"] = step
     first_epoch = checkpoint.restore(arm, parts)
 
-    num_steps = 2 * (len(data.train) // settings.batch_size)
+    num_steps = (1 if data.meta else 2) * (len(data.train) // settings.batch_size)
+    wrong = data.train_clean_labels != labels_of(data.train)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=settings.amp)
     with progress_bar(console) as bar:
         task = bar.add_task(arm, total=settings.epochs * num_steps, epoch=0, losses="")
         for epoch in range(first_epoch, settings.epochs):
             torch.manual_seed(settings.seed * 1_000_003 + epoch)  # what an epoch draws is its own
             train_losses, meta_losses = [], []
-            losses, weights = [], []
+            seen: list[tuple[Tensor, Tensor, Tensor]] = []
             model.train()
-            for now, meta in swap_halves(training_batches(data, settings.batch_size)):
+            for ((images, rows), target), ((judges, _), right) in steps_of_epoch(data, settings):
                 optimizer.zero_grad()
                 if arm == "reweighted":
-                    result = step.backward(now, meta)
+                    with half:
+                        result = step.backward((images, target), (judges, right))
                     train_losses.append(result.train_loss.item())
                     if result.meta_loss is not None:
                         meta_losses.append(result.meta_loss.item())
-                    losses.append(result.losses.losses)
-                    weights.append(result.weights)
+                    seen.append((result.losses.losses, result.weights, wrong[rows]))
                 else:
-                    loss = exit_cross_entropy(model(now[0]), now[1]).losses.mean(0).sum()
+                    with half:
+                        loss = exit_cross_entropy(model(images), target).losses.mean(0).sum()
                     loss.backward()
                     train_losses.append(loss.item())
                 optimizer.step()
@@ -230,21 +306,58 @@ def train(
         console.print(f"{int(step.num_skipped)} updates of the reweighter skipped: not finite")
     left: dict[str, Any] = {"model": bare.state_dict()}
     if arm == "reweighted":
-        left |= {
-            "reweighter": step.reweighter.state_dict(),
-            "losses": torch.cat(losses),
-            "weights": torch.cat(weights),
-        }
+        names = ("losses", "weights", "wrong")
+        left |= dict(zip(names, map(torch.cat, zip(*seen, strict=True)), strict=True))
+        left["reweighter"] = step.reweighter.state_dict()
     checkpoint.finish(arm, left)
 
 
-def training_batches(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def reweighter_for(
+    num_exits: int, data: Data, settings: argparse.Namespace
+) -> SampleReweighter | DirectWeights:
+    """The one that was asked for."""
+    if settings.form == "direct":
+        return DirectWeights(num_exits)
+    if settings.form == "predicted":
+        return SampleReweighter(num_exits, form="predicted", num_classes=data.num_classes)
+    return SampleReweighter(num_exits, form=settings.form, inputs=settings.reweighter_input)
+
+
+def steps_of_epoch(data: Data, settings: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """What each step trains on, as ((images, rows), target), and what judges it, the same."""
+    order = torch.Generator().manual_seed(torch.initial_seed())  # the same for every process
+    batches = training_batches(data.train, data, settings.batch_size, order)
+    if data.meta is None:
+        yield from swap_halves(batches)
+        return
+    size = min(settings.batch_size, len(data.meta))
+    endless = (batch for _ in count() for batch in training_batches(data.meta, data, size, order))
+    yield from zip(batches, endless, strict=False)
+
+
+def training_batches(
+    dataset: Any, data: Data, batch_size: int, order: torch.Generator | None = None
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """One epoch in random order, without the incomplete batch at the end: this process's share."""
     rank, _ = rank_and_number()
-    for index, (images, target) in enumerate(batches_of(data.train, batch_size, shuffled=True)):
+    batches = batches_of(WithRows(dataset), batch_size, shuffled=True, order=order)
+    for index, (images, target, rows) in enumerate(batches):
         if index == 0 and rank > 0:  # all have drawn the same order; now each draws its own
             torch.manual_seed(torch.initial_seed() + rank)
-        yield (augment(images) if data.augment else images), target
+        yield ((augment(images) if data.augment else images), rows), target
+
+
+class WithRows(Dataset[Any]):
+    """Every sample with its number."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, rows: Any) -> tuple[Any, ...]:
+        return (*self.dataset[rows], torch.as_tensor(rows))
 
 
 class BatchShares(BatchSampler):
@@ -257,13 +370,23 @@ class BatchShares(BatchSampler):
             yield batch[rank::num_ranks]
 
 
-def batches_of(dataset: Any, batch_size: int, *, shuffled: bool = False) -> Any:
+def batches_of(
+    dataset: Any, batch_size: int, *, shuffled: bool = False, order: torch.Generator | None = None
+) -> Any:
     """A data loader; data in memory is indexed a whole batch at a time."""
-    sampler: Sampler[int] = RandomSampler(dataset) if shuffled else SequentialSampler(dataset)
+    sampler: Sampler[int] = SequentialSampler(dataset)
+    if shuffled:
+        sampler = RandomSampler(dataset, generator=order)
     batches = (BatchShares if shuffled else BatchSampler)(sampler, batch_size, drop_last=shuffled)
-    if isinstance(dataset, TensorDataset):
+    if isinstance(getattr(dataset, "dataset", dataset), TensorDataset):
         return DataLoader(dataset, sampler=batches, batch_size=None)
     return DataLoader(dataset, batch_sampler=batches)
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """Those that are trained on."""
+    labels: Tensor = dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
+    return labels
 
 
 @torch.no_grad()
@@ -274,7 +397,7 @@ def evaluate(model: nn.Module, dataset: Any) -> ExitLosses:
         exit_cross_entropy([logits.double() for logits in model(images)], target)
         for images, target in batches_of(dataset, 500)
     ]
-    return ExitLosses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return ExitLosses.cat(parts)
 
 
 def costs_of(model: nn.Module, data: Data) -> list[int]:
@@ -334,11 +457,12 @@ def report(
     figure = plot_budgeted_curves(curves, costs, anytime, title=title)
     save_figure(settings.out / "budgeted.png", figure)
     reweighted = checkpoint.finished["reweighted"]
-    figure = plot_weights(
-        reweighted["losses"],
-        reweighted["weights"],
-        title=f"{title}: weights in the last epoch",
-    )
+    losses, weights, wrong = (reweighted[name] for name in ("losses", "weights", "wrong"))
+    groups = {"right labels": ~wrong, "wrong labels": wrong} if wrong.any() else None
+    title = f"{title}: weights in the last epoch"
+    figure = plot_weights(losses, weights, title=title, groups=groups)
+    for name, chosen in (groups or {}).items():
+        console.print(f"mean weight of {name} in the last epoch: {weights[chosen].mean():.2f}")
     save_figure(settings.out / "weights.png", figure)
     results = {
         "settings": describe(settings),

@@ -1,6 +1,6 @@
 """Meta-learned per-sample, per-exit loss weights for any PyTorch model and optimizer."""
 
-from reweight.batches import swap_halves
+from reweight.batches import balanced_split, swap_halves
 from reweight.budget import (
     BudgetPoint,
     anytime_accuracy,
@@ -10,9 +10,10 @@ from reweight.budget import (
     find_thresholds,
 )
 from reweight.costs import exit_costs
+from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy, linear_exit_cross_entropy
 from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
-from reweight.result import StepResult
+from reweight.result import StepCheck, StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
 
@@ -21,13 +22,16 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetPoint",
     "BudgetedObjective",
+    "DirectWeights",
     "ExitLosses",
     "MeanObjective",
     "MetaLoss",
     "MetaReweightStep",
     "SampleReweighter",
+    "StepCheck",
     "StepResult",
     "anytime_accuracy",
+    "balanced_split",
     "budgeted_curve",
     "choose_exits",
     "exit_costs",

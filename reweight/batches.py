@@ -1,12 +1,14 @@
 """Batches: pairs of inputs and target, and a train and a meta batch made of one."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from reweight._checks import check_whole
 
 Batch: TypeAlias = tuple[Any, Any]
 """Inputs and target; the inputs are a tensor, a tuple of arguments or a dict of named ones."""
@@ -69,6 +71,54 @@ def _halves(batch: Any) -> Iterator[tuple[Batch, Batch]]:
     yield second, first
 
 
+def balanced_split(
+    labels: Tensor | Sequence[int], per_class: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hold out as many samples of every class as meta data, where no clean ones can be had.
+
+    A meta set of the training data, balanced over the classes, is the recipe of CMW-Net (Shu et
+    al., TPAMI 2023) for long tails. No sample is in both parts: what judges is never trained on.
+
+    Args:
+        labels: of the whole training set, shape [N], whole numbers.
+        per_class: how many of each class that occurs are held out.
+        generator: draws them. Default: the global one.
+
+    Returns:
+        The indices to train on and those that judge, int64, each in rising order, for
+        ``torch.utils.data.Subset``.
+
+    Raises:
+        TypeError: ``per_class`` or the labels are no whole numbers.
+        ValueError: the labels are not [N], or a class has too few samples to leave one to train on.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 0, 1])
+        >>> train, meta = balanced_split(labels, per_class=2)
+        >>> labels[meta].bincount().tolist(), labels[train].bincount().tolist()
+        ([2, 2], [3, 1])
+    """
+    check_whole("per_class", per_class)
+    labels = torch.as_tensor(labels).cpu()
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"`labels` must be whole numbers, got {labels.dtype}.")
+    if labels.dim() != 1 or len(labels) == 0:
+        raise ValueError(f"`labels` must have the shape [N], got {list(labels.shape)}.")
+    classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
+    if counts.min() <= per_class:
+        fewest = int(counts.argmin())
+        raise ValueError(
+            f"`per_class` must leave a sample of every class to train on, got {per_class} where "
+            f"class {int(classes[fewest])} has {int(counts[fewest])}. Hold out fewer."
+        )
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[inverse[order].argsort(stable=True)]  # class by class, each in a drawn order
+    starts = counts.cumsum(0) - counts
+    within = torch.arange(len(labels)) - starts.repeat_interleave(counts)
+    held_out = within < per_class
+    return order[~held_out].sort().values, order[held_out].sort().values
+
+
 def unpack(batch: Any, name: str) -> Batch:
     """The inputs and the target of a batch, or an error that names it.
 
@@ -80,7 +130,9 @@ def unpack(batch: Any, name: str) -> Batch:
         got = type(batch).__name__
         got = f"a {got} of {len(batch)}" if isinstance(batch, tuple | list) else got
         remedy = "Several inputs go into a tuple or a dict: ((first, second), target)."
-        if isinstance(batch, Mapping):
+        if batch is None:
+            remedy = "A meta batch must be given unless lagged=True."
+        elif isinstance(batch, Mapping):
             remedy = 'Take the target out of the dict: (batch, batch.pop("labels")).'
         raise TypeError(f"{name} must be a pair (inputs, target), got {got}. {remedy}")
     inputs, target = batch

@@ -4,6 +4,7 @@ A sample leaves at the first exit whose confidence reaches that exit's threshold
 from a held-out split: exit k is given a share q_k of the samples (Huang et al., ICLR 2018).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,11 @@ def exit_shares(num_exits: int, power: float) -> Tensor:
     """
     check_whole("num_exits", num_exits)
     check_positive("power", power)
+    return _exit_shares(num_exits, power).clone()
+
+
+@functools.cache
+def _exit_shares(num_exits: int, power: float) -> Tensor:
     exponents = torch.arange(num_exits, dtype=torch.float64)
     # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
     powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))
@@ -223,14 +229,14 @@ def budgeted_curve(
 
 
 def _counted(losses: ExitLosses, field: Literal["confidence", "correct"], name: str) -> Tensor:
-    """Confidences or correctness of the samples that count, [N, K]."""
+    """Confidences or correctness of the samples that count, at every exit, [N, K]."""
     matrix = losses.confidence if field == "confidence" else losses.correct
     if matrix is None:
         raise ValueError(
             f"`{name}` must carry {field}, got None. Pass what exit_cross_entropy returns."
         )
-    if losses.valid is not None:
-        matrix = matrix[losses.valid]
+    if losses.counted is not None:
+        matrix = matrix[losses.counted.all(1)]
     _check_matrix(matrix, name)
     return matrix
 

@@ -1,6 +1,6 @@
 """Per-sample, per-exit losses: the matrix l[i,k] that everything else in the package is about."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, TypeAlias
@@ -15,7 +15,7 @@ from reweight._kernels.dispatch import choose, choose_linear, is_traced
 from reweight._kernels.function import fused
 from reweight._kernels.linear import fused_linear
 from reweight._ranks.collectives import sum_over_ranks
-from reweight.batches import describe
+from reweight._targets import classes_of, exits_of
 
 Logits: TypeAlias = Tensor | Sequence[Tensor]
 """K tensors [*S, C], one tensor [K, *S, C], or for a single exit one tensor [*S, C].
@@ -46,7 +46,14 @@ class ExitLosses(NamedTuple):
         losses: l[i,k], shape [B, K], float32 (float64 for float64 logits), with a graph.
         confidence: the largest softmax probability, shape [B, K], without a graph.
         correct: whether the most probable class is the target, shape [B, K], bool.
-        valid: the samples that count, shape [B], bool; None stands for all of them.
+        valid: the samples that count, shape [B], bool, or at which exits, [B, K], where some labels
+            are missing; None stands for all of them.
+        labels: the target of each sample, int64 [B] or probabilities [B, C].
+        features: what else a reweighter may see of each sample, shape [B, F].
+        weight: weights of your own, at least 0, shape [B] or [B, K], beside the learned ones: every
+            mean over samples is Σ weight·value / Σ weight, here and in the objectives.
+        auxiliary: a loss that no weight is for, scalar, with a graph: a regulariser, the balance of
+            a router. It is added to L_tr as it is, and is no part of L_meta.
 
     A loss function of your own that knows only the losses returns ``ExitLosses(losses)``, or just
     the tensor.
@@ -56,20 +63,51 @@ class ExitLosses(NamedTuple):
     confidence: Tensor | None = None
     correct: Tensor | None = None
     valid: Tensor | None = None
+    labels: Tensor | None = None
+    features: Tensor | None = None
+    weight: Tensor | None = None
+    auxiliary: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Iterable["ExitLosses"]) -> "ExitLosses":
+        """The samples of several batches in one; what a part lacks, the whole lacks too.
+
+        Example:
+            >>> batches = [ExitLosses(torch.rand(4, 2)), ExitLosses(torch.rand(3, 2))]
+            >>> ExitLosses.cat(batches).losses.shape
+            torch.Size([7, 2])
+        """
+        samples = [part._replace(auxiliary=None) for part in parts]
+        columns = [[x for x in column if x is not None] for column in zip(*samples, strict=True)]
+        joined = [torch.cat(c) if len(c) == len(columns[0]) else None for c in columns]
+        return cls(*joined)  # type: ignore[arg-type]
+
+    @property
+    def counted(self) -> Tensor | None:
+        """What ``valid`` says of each loss, shape [B, 1] or [B, K]."""
+        if self.valid is None or self.valid.dim() == 2:
+            return self.valid
+        return self.valid.unsqueeze(1)
 
     def sample_shares(self) -> Tensor:
         """The share of each sample in ``mean_i``: 1/B, or 0 where a sample does not count.
 
-        Within a distributed step B counts the samples of all ranks.
+        By ``weight`` if there is one. Within a distributed step B counts the samples of all ranks.
 
         Returns:
-            Shape [B, 1], the dtype of the losses. All zero if no sample counts.
+            Shape [B, 1], or [B, K] where it is another at each exit, the dtype of the losses. All
+            zero if no sample counts.
         """
-        if self.valid is None:
-            valid = self.losses.new_ones(len(self.losses), 1)
+        counted = self.counted
+        if counted is None:
+            shares = self.losses.new_ones(len(self.losses), 1)
         else:
-            valid = self.valid.to(self.losses.dtype).unsqueeze(1)
-        return valid / sum_over_ranks(valid.sum()).clamp(min=1)
+            shares = counted.to(self.losses.dtype)
+        if self.weight is not None:
+            own = self.weight.detach().to(self.losses.dtype).reshape(len(self.losses), -1)
+            shares = torch.where(shares > 0, own, 0)
+        total = sum_over_ranks(shares.sum(0))
+        return shares / torch.where(total > 0, total, 1)
 
     def mean_over_samples(self, values: Tensor) -> Tensor:
         """The mean of each column of values [B, K] over the samples that count, shape [K].
@@ -77,8 +115,9 @@ class ExitLosses(NamedTuple):
         Within a distributed step this rank's part of it; the parts of all ranks add up to the mean.
         What stands in the other rows does not matter, not even if it is infinite.
         """
-        if self.valid is not None:
-            values = torch.where(self.valid.unsqueeze(1), values, 0)
+        counted = self.counted
+        if counted is not None:
+            values = torch.where(counted, values, 0)
         return (self.sample_shares() * values).sum(0)
 
 
@@ -89,7 +128,9 @@ def exit_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    class_dim: int | None = None,
     impl: str = "auto",
+    probabilities: bool = False,
 ) -> ExitLosses:
     """Cross-entropy of every sample at every exit; confidence and correctness from the same pass.
 
@@ -106,12 +147,19 @@ def exit_cross_entropy(
         ignore_index: samples with this target have loss 0 and gradient 0 (even where a logit is not
             a number), are never correct, and are not ``valid``: they drop out of every mean.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``, in [0, 1].
-        class_weight: one weight per class, shape [C], multiplied into the losses.
+        class_weight: one weight per class, shape [C], multiplied into the losses. Means stay those
+            over samples; for the mean of ``torch.nn.functional.cross_entropy``, over the weights,
+            give ``weight=class_weight[target]`` to what is returned, by ``_replace``, instead.
+        class_dim: where the classes are in the tensor of each exit, and in probabilities as target:
+            −1, or 1 for dense logits [B, C, H, W] as PyTorch has them. Default None: last, and an
+            error where both readings fit the target.
         impl: "torch" (few PyTorch operations, for the CPU), "triton" (one launch for all exits),
             "reference" (plain differentiable operations), or "auto" (default): the first that fits,
             of "triton" on a GPU and "torch" on the CPU. The first two know class indices only, and
             label smoothing or class weights but not both; "auto" takes the reference for the rest.
             Under ``torch.compile``, which fuses it, and ``torch.func`` all are the reference.
+        probabilities: give the mean over the exits of what they hold probable, [B, C], as features,
+            for a reweighter that sees them. Default False.
 
     Returns:
         :class:`ExitLosses` with B·T samples where the target is [B, T].
@@ -120,8 +168,9 @@ def exit_cross_entropy(
         TypeError: the logits are neither a tensor nor a sequence of tensors, or the target is
             neither int64 nor floating point.
         ValueError: shapes disagree, the batch is empty, an option is out of range or not for this
-            implementation, or a target is out of range. That is checked on the CPU; on other
-            devices PyTorch's own assertion reports it, or the loss is NaN (Triton).
+            implementation, or a target is out of range or of rows that do not sum to 1. That is
+            checked on the CPU; on other devices PyTorch's own assertion reports it, or the loss is
+            NaN (Triton, probabilities).
 
     Example:
         >>> early = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -135,7 +184,9 @@ def exit_cross_entropy(
                 [ True, False]])
     """
     check_share("label_smoothing", label_smoothing)
-    exits = _exits("logits", logits, target)
+    if class_dim not in (None, -1) and isinstance(target, Tensor) and target.is_floating_point():
+        target = target.movedim(class_dim, -1)
+    exits = exits_of("logits", logits, target, class_dim)
     nums_classes = [z.shape[-1] for z in exits]
     if class_weight is not None and any(class_weight.shape != (c,) for c in nums_classes):
         raise ValueError(
@@ -143,12 +194,13 @@ def exit_cross_entropy(
             f"{sorted({(c,) for c in nums_classes})}, got {tuple(class_weight.shape)}."
         )
     implementation = choose(impl, exits, target, label_smoothing, class_weight)
-    classes, valid, ignore = _classes(target, ignore_index, nums_classes)
+    classes, valid, ignore = classes_of(target, ignore_index, nums_classes)
     if implementation == "reference":
         rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
     else:
-        tensors = [logits] if isinstance(logits, Tensor) else exits
+        moved = class_dim not in (None, -1)
+        tensors = [logits] if isinstance(logits, Tensor) and not moved else exits
         rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
         kept = _LOGITS_KEPT.get()
         results = fused(rows, classes, ignore, label_smoothing, implementation, kept)
@@ -156,7 +208,16 @@ def exit_cross_entropy(
             factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
             factor = torch.where(valid, factor, 1).unsqueeze(1)
             results = results[0] * factor, *results[1:]
-    return ExitLosses(*results, valid)
+    features = None
+    if probabilities:
+        if len(set(nums_classes)) > 1:
+            raise ValueError(
+                "`probabilities` must be left out where exits have different classes, got "
+                f"{nums_classes} of them."
+            )
+        softmax = [z.reshape(len(valid), -1).softmax(1, results[0].dtype) for z in exits]
+        features = torch.stack(softmax).mean(0)
+    return ExitLosses(*results, valid, classes, features)
 
 
 def linear_exit_cross_entropy(
@@ -203,7 +264,7 @@ def linear_exit_cross_entropy(
     check_share("label_smoothing", label_smoothing)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
-    exits = _exits("hidden", hidden, target)
+    exits = exits_of("hidden", hidden, target)
     for exit_hidden in exits:
         if weight.dim() != 2 or weight.shape[1] != exit_hidden.shape[-1]:
             raise ValueError(
@@ -212,7 +273,7 @@ def linear_exit_cross_entropy(
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` must have the shape [{len(weight)}], got {list(bias.shape)}.")
-    classes, valid, ignore = _classes(target, ignore_index, [len(weight)])
+    classes, valid, ignore = classes_of(target, ignore_index, [len(weight)])
     rows = [each.reshape(len(classes), -1) for each in exits]
     head = [weight] if bias is None else [weight, bias]
     device = weight.device.type
@@ -226,75 +287,4 @@ def linear_exit_cross_entropy(
         else:
             implementation = choose_linear(rows)
             results = fused_linear(rows, head, classes, ignore, label_smoothing, implementation)
-    return ExitLosses(*results, valid)
-
-
-def _exits(name: str, tensors: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """The tensor of each exit, [*S, C_k], whatever form they came in."""
-    if not isinstance(target, Tensor) or not (
-        target.dtype == torch.int64 or (target.is_floating_point() and target.dim() > 1)
-    ):
-        got = type(target).__name__
-        if isinstance(target, Tensor):
-            got = f"a tensor of {target.dtype}, shape {list(target.shape)}"
-            got += "" if target.is_floating_point() else ": call target.long()"
-        raise TypeError(
-            "`target` must hold class indices as an int64 tensor, or probabilities [..., C] as a "
-            f"floating point one, got {got}."
-        )
-    if target.numel() == 0:
-        raise ValueError(f"`target` must hold at least one sample, got shape {list(target.shape)}.")
-    samples = target.shape[:-1] if target.is_floating_point() else target.shape
-    if isinstance(tensors, Tensor):
-        exits = list(tensors) if tensors.dim() == len(samples) + 2 and len(tensors) else [tensors]
-    elif isinstance(tensors, Sequence) and tensors and all(isinstance(z, Tensor) for z in tensors):
-        exits = list(tensors)
-    else:
-        raise TypeError(
-            f"`{name}` must be a tensor or a non-empty list or tuple of tensors, one for each "
-            f"exit, got {describe(tensors)}. Pass `exits=`, a function that takes the logits out "
-            "of what the model returns."
-        )
-    classes = "C" if target.dtype == torch.int64 else target.shape[-1]
-    for index, each in enumerate(exits):
-        if not each.is_floating_point():
-            raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
-        if name == "logits" and each.shape[-1:] == (1,) and each.dim() > len(samples):
-            raise ValueError(
-                f"`logits` of exit {index} must be of two classes or more, got {list(each.shape)}: "
-                "of one it is always 0. Pass `loss=`, (outputs, target) → losses [B, K]."
-            )
-        if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
-            raise ValueError(
-                f"`{name}` of exit {index} must have the samples of the target first and one more "
-                f"dimension, {[*samples, classes]}, got {list(each.shape)}. Class indices are one "
-                "number for each sample: target.squeeze(-1) of a column, target.argmax(-1) of rows "
-                "of 0 and 1. Take input and target from the same batch."
-            )
-    return exits
-
-
-def _classes(
-    target: Tensor, ignore_index: int, nums_classes: list[int]
-) -> tuple[Tensor, Tensor, int | None]:
-    """The target, one row for each sample; which samples count; ignore_index, None if all do."""
-    if target.is_floating_point():
-        target = target.flatten(0, -2)
-        return target, torch.ones(len(target), dtype=torch.bool, device=target.device), None
-    target = target.flatten()
-    valid = target != ignore_index
-    # Looking would wait for another device; compilers and transforms cannot look.
-    if target.device.type != "cpu" or is_traced():
-        return target, valid, ignore_index
-    low, high = (int(bound) for bound in target.aminmax())
-    fewest = min(nums_classes)
-    if low >= 0 and high < fewest:
-        return target, valid, ignore_index if low <= ignore_index <= high else None
-    wrong = valid & ((target < 0) | (target >= fewest))
-    if wrong.any():
-        raise ValueError(
-            f"`target` must lie in 0..{fewest - 1}, the classes of exit "
-            f"{nums_classes.index(fewest)} (or equal `ignore_index`={ignore_index}), got "
-            f"{target[wrong][0].item()}."
-        )
-    return target, valid, ignore_index
+    return ExitLosses(*results, valid, classes)

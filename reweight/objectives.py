@@ -92,7 +92,8 @@ class BudgetedObjective:
                 "`loss` must return ExitLosses with confidences for BudgetedObjective, which "
                 "allots samples by them; got losses only. Return them, or use MeanObjective()."
             )
-        confidence, valid, own = meta.confidence, meta.valid, slice(None)
+        confidence, counted, own = meta.confidence, meta.counted, slice(None)
+        valid = None if counted is None else counted.any(1)
         if not self.per_rank:
             if valid is None:
                 valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
@@ -102,7 +103,12 @@ class BudgetedObjective:
         # From pageable memory this small copy is staged at once: it does not wait for the device.
         shares = shares.to(confidence.device, non_blocking=True)
         members = allot(confidence, shares, valid)[own]
+        if counted is not None:
+            members = members & counted
         counts = sum_over_ranks(members.sum(0).to(meta.losses.dtype))
-        sums = torch.where(members, meta.losses, 0).sum(0)
-        value = (sums / counts.clamp(min=1)).sum()
+        if meta.weight is None:
+            sums = torch.where(members, meta.losses, 0).sum(0)
+            value = (sums / counts.clamp(min=1)).sum()
+        else:
+            value = meta._replace(valid=members).mean_over_samples(meta.losses).sum()
         return MetaLoss(value, counts / counts.sum().clamp(min=1))

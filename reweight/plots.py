@@ -1,6 +1,8 @@
 """Pictures of a run, as figures of matplotlib (extra ``plot``): ``figure.savefig(path)``."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
 from torch import Tensor
 
@@ -94,13 +96,21 @@ def plot_shares(points: Sequence[BudgetPoint], *, title: str = "") -> Figure:
     return _plain(figure)
 
 
-def plot_weights(losses: Tensor, weights: Tensor, *, title: str = "") -> Figure:
+def plot_weights(
+    losses: Tensor,
+    weights: Tensor,
+    *,
+    title: str = "",
+    groups: Mapping[str, Tensor] | None = None,
+) -> Figure:
     """The learned weight of every sample against its loss, one panel for each exit.
 
     Args:
         losses: shape [N, K], as of ``result.losses.losses``; rows that are not finite are left out.
         weights: shape [N, K], as of ``result.weights``.
         title: above the panels.
+        groups: name → which of the samples, [N] bool, as of right and of wrong labels; each is
+            drawn in a colour of its own. Default: all in one.
 
     Example:
         >>> import torch
@@ -112,25 +122,35 @@ def plot_weights(losses: Tensor, weights: Tensor, *, title: str = "") -> Figure:
     """
     finite = losses.isfinite().all(1) & weights.isfinite().all(1)
     losses, weights = losses[finite], weights[finite]
+    drawn: dict[str, Any] = (
+        {name: rows[finite] for name, rows in groups.items()} if groups else {"": ...}
+    )
+    colors = (COLORS[2], COLORS[1], *COLORS[3:]) if groups else COLORS[1:]
     num_exits = losses.shape[1]
     figure = Figure(figsize=(2.3 * num_exits + 0.6, 2.9), layout="constrained")
     panels = figure.subplots(1, num_exits, sharex=True, sharey=True, squeeze=False)[0]
     for k, axes in enumerate(panels):
         axes.axhline(1, color=COLORS[0], linewidth=1, linestyle="--")
-        axes.scatter(
-            losses[:, k].clamp(min=1e-6),
-            weights[:, k],
-            s=4,
-            alpha=0.25,
-            color=COLORS[1],
-            linewidths=0,
-            rasterized=True,
-        )
+        for color, (name, rows) in zip(cycle(colors), drawn.items(), strict=False):
+            axes.scatter(
+                losses[rows, k].clamp(min=1e-6),
+                weights[rows, k],
+                s=4,
+                alpha=0.25,
+                color=color,
+                linewidths=0,
+                rasterized=True,
+                label=name,
+            )
         axes.set_xscale("log")
         axes.set_xticks([1e-5, 1e-3, 1e-1])
         axes.set_xlim(1e-6, 2 * max(losses.max().item(), 1) if len(losses) else 1)
         axes.set_title(f"exit {k + 1}", fontsize="medium")
     panels[0].set_ylabel("weight")
+    if groups:
+        legend = panels[-1].legend(frameon=False, markerscale=3, fontsize="small")
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
     figure.supxlabel("loss of the sample at this exit", fontsize="medium")
     figure.suptitle(title)
     return _plain(figure)

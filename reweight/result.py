@@ -19,6 +19,7 @@ class Update(NamedTuple):
             finite, on any rank, and whether the reweighter would have come to, shape [4], bool.
         num_zero_moments: entries of the pseudo update with no derivative, taken as 0.
         difference: how far the two ways to what the weights do are apart, scalar, or None.
+        hypergradient: ∂L_meta/∂w of this rank's samples, shape [B, K].
         undo: puts the reweighter and its optimizer back.
     """
 
@@ -27,6 +28,7 @@ class Update(NamedTuple):
     nonfinite: Tensor
     num_zero_moments: Tensor | int
     difference: Tensor | None
+    hypergradient: Tensor
     undo: Callable[[], None]
 
 
@@ -39,7 +41,7 @@ class StepResult(NamedTuple):
     Attributes:
         losses: l[i,k], and with them confidence, correctness and validity of every sample.
         weights: w[i,k] after the update of the reweighter, shape [B, K].
-        train_loss: L_tr with these weights, scalar.
+        train_loss: L_tr with these weights, the auxiliary loss added, scalar.
         meta_loss: L_meta at the updated parameters, scalar; None where the step had no meta update.
         exit_shares: share of the meta samples each exit was judged on, shape [K], or None.
         hypergradient_norm: Euclidean norm of ∂L_meta/∂w, scalar, or None.
@@ -52,6 +54,9 @@ class StepResult(NamedTuple):
             relative difference of Σ w·∂L_meta/∂w and ⟨v, ∇L_tr⟩, which are equal; scalar, or None
             where there was no update, or one of some rows of the train batch alone. Rounding, or
             the step warns.
+        hypergradient: ∂L_meta/∂w at the weights before the update, shape [B, K], negative where
+            more weight lowers the meta loss; of the samples of ``losses``, but for ``lagged``
+            without a meta batch, where it is of those of the call before. None without an update.
     """
 
     losses: ExitLosses
@@ -63,13 +68,14 @@ class StepResult(NamedTuple):
     nonfinite: Tensor | None = None
     num_zero_moments: Tensor | int = 0
     backward_difference: Tensor | None = None
+    hypergradient: Tensor | None = None
 
     def summary(self) -> str:
         """One line for a log; waits for the device."""
         parts = [f"train loss {self.train_loss.item():.4f}"]
         if self.meta_loss is not None:
             parts.append(f"meta loss {self.meta_loss.item():.4f}")
-        valid = self.losses.valid
+        valid = self.losses.valid  # [B] or [B, K]
         weights = self.weights if valid is None else self.weights[valid]
         if weights.numel():
             parts.append(f"weights {weights.min().item():.2f}…{weights.max().item():.2f}")
@@ -111,6 +117,9 @@ class StepResult(NamedTuple):
         """The report of a step with these losses and weights, and perhaps an update."""
         losses = losses._replace(losses=losses.losses.detach())
         train_loss = losses.mean_over_samples(weights * losses.losses).sum()
+        auxiliary = None if losses.auxiliary is None else losses.auxiliary.detach()
+        if auxiliary is not None:
+            losses, train_loss = losses._replace(auxiliary=auxiliary), train_loss + auxiliary
         if update is None:
             return cls(losses, weights, train_loss)
         return cls(
@@ -123,4 +132,81 @@ class StepResult(NamedTuple):
             update.nonfinite,
             update.num_zero_moments,
             update.difference,
+            update.hypergradient,
         )
+
+
+class StepCheck(NamedTuple):
+    """What ``step.check`` found; ``print`` shows it as a table.
+
+    Attributes:
+        estimator: where ∂L_meta/∂w comes from: "auto" and "forward" are forward mode, exact.
+        operations: those of the model that have no forward mode, and where their tangents come
+            from, by name; forward mode alone goes down to them.
+        optimizers: how the next step of each is differentiated.
+        backward_difference: as in :class:`StepResult`.
+        num_zero_moments: likewise.
+        signal: the correlation of ∂L_meta/∂w by two halves of the meta batch, over the samples:
+            1 where they ask for the same, near 0 where all is noise; None where the meta batch
+            cannot be parted.
+        hooks: parameters and modules whose gradients hooks see or change.
+        interval: at every which step the reweighter is updated.
+        seconds: of a forward and backward, and of a step with an update.
+        memory: the most bytes that either holds beyond those before; None on a CPU.
+        messages: the warnings.
+    """
+
+    estimator: str
+    operations: dict[str, str]
+    optimizers: list[str]
+    backward_difference: float | None
+    num_zero_moments: int
+    signal: float | None
+    hooks: list[str]
+    interval: int
+    seconds: tuple[float, float]
+    memory: tuple[int, int] | None
+    messages: list[str]
+
+    @property
+    def cost(self) -> float:
+        """Time of a step over that of a forward and backward, in the mean over the interval."""
+        plain, step = self.seconds
+        return (step + (self.interval - 1) * plain) / (self.interval * plain)
+
+    def __str__(self) -> str:
+        forward = self.estimator in ("auto", "forward")
+        exact = {"finite_difference": "approximate", "unrolled": "exact, by double backward"}
+        agrees, signal, memory = self.backward_difference, self.signal, "not counted on a CPU"
+        if self.memory is not None:
+            memory = " and ".join(f"{size / 2**20:,.0f} MiB" for size in self.memory)
+            memory += ", of a forward and backward and of a step with an update"
+        plain, step = (1e3 * each for each in self.seconds)
+        rows = [
+            (
+                "hypergradient",
+                "exact, by forward mode" if forward else exact.get(self.estimator, self.estimator),
+            ),
+            *(("", f"{name}: {way}") for name, way in self.operations.items()),
+            *(("optimizer", each) for each in self.optimizers),
+            (
+                "held to your backward",
+                "not in this step" if agrees is None else f"differs by {agrees:.1e}",
+            ),
+            (
+                "signal",
+                "the meta batch cannot be parted"
+                if signal is None
+                else f"{signal:+.2f}, the correlation of what its halves ask for",
+            ),
+            (
+                "time",
+                f"{self.cost:.2f} times a forward and backward at interval={self.interval} "
+                f"({plain:.1f} ms; {step:.1f} ms with an update)",
+            ),
+            ("memory", memory),
+            ("without derivative", f"{self.num_zero_moments} entries of the optimizer's step"),
+            ("hooks", ", ".join(self.hooks) or "none"),
+            *(("warning", message) for message in self.messages),
+        ]
+        return "\n".join(f"{name:<22} {value}" for name, value in rows)

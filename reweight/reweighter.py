@@ -14,26 +14,35 @@ from reweight.losses import ExitLosses
 class SampleReweighter(nn.Module):
     """Predicts the weights w = g(l) of every sample at every exit from its own losses.
 
-    ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of two forms makes weights of
-    its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
+    ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of three forms makes weights
+    of its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
 
-        tanh      w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
-        sigmoid   w = sigmoid(raw) / mean(sigmoid(raw))
+        tanh       w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
+        sigmoid    w = sigmoid(raw) / mean(sigmoid(raw))
+        predicted  w = max(0, raw) / mean(max(0, raw))
 
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
     1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
-    is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0,
-    which is what noisy labels need.
+    is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0. The
+    third is for wrong labels that the losses do not give away, as those of a similar class: by
+    regression on the last ten batches that were judged g predicts −∂L_meta/∂w, and the weights are
+    what :class:`DirectWeights` would make of it. It learns from the first update on, from labels
+    and probabilities (``num_classes=C``); its meta loss is by default the mean.
 
     Args:
         num_exits: K.
-        form: "tanh" (default for K > 1) or "sigmoid" (default for K = 1).
+        form: "tanh" (default for K > 1), "sigmoid" (default for K = 1), or "predicted".
         average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
-            each exit over the "samples" of the batch (default for sigmoid), or over "both".
+            each exit over the "samples" of the batch (default otherwise), or over "both".
         strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
-            for CIFAR (0.3 for ImageNet, with the mean over both). Not for sigmoid.
+            for CIFAR (0.3 for ImageNet, with the mean over both). For tanh alone.
         inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
-        num_hidden: width of the hidden layer. Default 500 for tanh, 100 for sigmoid, as published.
+        num_classes: C, for g to see the label too, one of C columns, or the probabilities of a soft
+            target. Default: no label, as published.
+        num_features: F, for g to see the features too, what ``features=`` of the step gives for
+            each sample, [B, F]. Default: none; for "predicted" with ``num_classes`` they are what
+            the exits hold probable, in the mean [B, C], which the step asks its loss for.
+        num_hidden: width of the hidden layer. Default 500 for tanh, else 100, as published.
 
     Raises:
         TypeError: an argument is of another type.
@@ -47,22 +56,27 @@ class SampleReweighter(nn.Module):
         torch.Size([8, 3])
         >>> torch.allclose(weights.mean(1), torch.ones(8))
         True
+        >>> by_class = SampleReweighter(num_exits=2, form="sigmoid", num_classes=3)
+        >>> by_class(ExitLosses(torch.rand(4, 2), labels=torch.tensor([0, 1, 2, 1]))).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
         self,
         num_exits: int,
         *,
-        form: Literal["tanh", "sigmoid"] | None = None,
+        form: Literal["tanh", "sigmoid", "predicted"] | None = None,
         average_over: Literal["exits", "samples", "both"] | None = None,
         strength: float | None = None,
         inputs: Literal["losses", "confidences", "both"] = "losses",
+        num_classes: int | None = None,
+        num_features: int | None = None,
         num_hidden: int | None = None,
     ) -> None:
         super().__init__()
         check_whole("num_exits", num_exits)
         form = form or ("sigmoid" if num_exits == 1 else "tanh")
-        check_choice("form", form, ("tanh", "sigmoid"))
+        check_choice("form", form, ("tanh", "sigmoid", "predicted"))
         average_over = average_over or ("exits" if form == "tanh" else "samples")
         check_choice("average_over", average_over, ("exits", "samples", "both"))
         check_choice("inputs", inputs, ("losses", "confidences", "both"))
@@ -71,9 +85,9 @@ class SampleReweighter(nn.Module):
                 "`average_over` must be 'samples' for a single exit: the mean over the exits would "
                 "make every weight 1."
             )
-        if strength is not None and form == "sigmoid":
+        if strength is not None and form != "tanh":
             raise ValueError(
-                f"`strength` must be left out of form='sigmoid', got {strength}. For weights of 1 "
+                f"`strength` must be left out of form={form!r}, got {strength}. For weights of 1 "
                 "take form='tanh' with strength=0."
             )
         strength = 0.8 if strength is None else strength
@@ -82,14 +96,25 @@ class SampleReweighter(nn.Module):
             raise ValueError(f"`strength` must be at least 0, got {strength}.")
         if num_hidden is None:
             num_hidden = 500 if form == "tanh" else 100
+        self.sees_probabilities = form == "predicted" and bool(num_classes) and num_features is None
+        if self.sees_probabilities:
+            num_features = num_classes
+        for name, number in (("num_classes", num_classes), ("num_features", num_features)):
+            if number is not None:
+                check_whole(name, number)
         check_whole("num_hidden", num_hidden)
         self.num_exits, self.form, self.average_over = num_exits, form, average_over
         self.strength, self.inputs = strength, inputs
+        self.num_classes, self.num_features = num_classes, num_features
+        num_seen = 2 * num_exits if inputs == "both" else num_exits
         self.network = nn.Sequential(
-            nn.Linear(2 * num_exits if inputs == "both" else num_exits, num_hidden),
+            nn.Linear(num_seen + (num_classes or 0) + (num_features or 0), num_hidden),
             nn.ReLU(),
             nn.Linear(num_hidden, num_exits),
         )
+        if form == "predicted":  # nothing, at first: all weights are 1
+            for parameter in self.network[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, losses: ExitLosses | Tensor) -> Tensor:
         """Weights of every sample at every exit. No gradient flows back into the losses.
@@ -103,11 +128,16 @@ class SampleReweighter(nn.Module):
             are over the samples of all ranks; called by yourself, over those given.
 
         Raises:
-            ValueError: another number of exits, or no confidences where the network wants them.
+            ValueError: another number of exits, or no confidences, labels or features, or others,
+                where the network wants them.
         """
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
-        raw: Tensor = self.network(self._features(exit_losses)).to(exit_losses.losses)
-        if self.form == "sigmoid":
+        raw: Tensor = self.network(self.seen(exit_losses)).to(exit_losses.losses)
+        if self.form == "predicted":
+            positive = raw.clamp(min=0)
+            mean = self._mean(positive, exit_losses)
+            weights = torch.where(mean > 0, positive / mean.clamp(min=1e-6), 1)
+        elif self.form == "sigmoid":
             # Over the largest of those averaged, so that they never all underflow.
             logarithm = F.logsigmoid(raw)
             positive = (logarithm - self._largest(logarithm.detach(), exit_losses)).exp()
@@ -119,7 +149,8 @@ class SampleReweighter(nn.Module):
             weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
         return weights
 
-    def _features(self, exit_losses: ExitLosses) -> Tensor:
+    def seen(self, exit_losses: ExitLosses) -> Tensor:
+        """What the network sees, a row for each sample."""
         losses, confidence = exit_losses.losses, exit_losses.confidence
         if losses.dim() != 2 or losses.shape[1] != self.num_exits:
             raise ValueError(
@@ -127,25 +158,69 @@ class SampleReweighter(nn.Module):
                 f"{list(losses.shape)}. Build SampleReweighter with as many exits as the model "
                 "has, or let `loss` return a row for each sample and a column for each exit."
             )
-        parameter = next(self.network.parameters())
         if self.inputs != "losses" and confidence is None:
             raise ValueError(
                 f"`losses` must carry confidences for inputs={self.inputs!r}, got None. Pass what "
                 "exit_cross_entropy returns."
             )
-        seen: dict[str, list[Tensor | None]]
-        seen = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
-        chosen = [each for each in seen[self.inputs] if each is not None]
-        features = torch.cat(chosen, 1).detach().to(parameter)
-        if exit_losses.valid is None:
-            return features
-        # What a sample that does not count came to may be no number, and 0 times that is none.
-        return torch.where(exit_losses.valid.unsqueeze(1), features, 0)
+        columns: dict[str, list[Tensor | None]]
+        columns = {"losses": [losses], "confidences": [confidence], "both": [losses, confidence]}
+        chosen = columns[self.inputs] + [self._labels(exit_losses), self._features(exit_losses)]
+        parameter, counted = next(self.network.parameters()), exit_losses.counted
+        seen = [each.detach().to(parameter) for each in chosen if each is not None]
+        if counted is not None:
+            # What a sample that does not count came to may be no number, and 0 times that is none.
+            at_all = counted.any(1, keepdim=True)
+            of_exits = len(columns[self.inputs])
+            seen = [
+                torch.where(counted if index < of_exits else at_all, each, 0)
+                for index, each in enumerate(seen)
+            ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+
+    def _labels(self, exit_losses: ExitLosses) -> Tensor | None:
+        """One column for each class, [B, C]; no class where a sample does not count."""
+        labels = exit_losses.labels
+        if self.num_classes is None:
+            return None
+        if labels is None:
+            raise ValueError(
+                f"`losses` must carry labels for num_classes={self.num_classes}, got None. Pass "
+                "what exit_cross_entropy returns, or let `loss` return ExitLosses(losses, "
+                "labels=target)."
+            )
+        if labels.is_floating_point():
+            num_classes, right = labels.shape[-1], labels.shape[-1] == self.num_classes
+        else:
+            num_classes = 1 + int(labels.max()) if labels.device.type == "cpu" else 0
+            right = num_classes <= self.num_classes
+        if not right or len(labels) != len(exit_losses.losses):
+            raise ValueError(
+                f"`losses` must carry labels of num_classes={self.num_classes}, one for each of "
+                f"{len(exit_losses.losses)} samples, got {num_classes} classes, "
+                f"{list(labels.shape)}."
+            )
+        if labels.is_floating_point():
+            return labels
+        return labels.unsqueeze(1) == torch.arange(self.num_classes, device=labels.device)
+
+    def _features(self, exit_losses: ExitLosses) -> Tensor | None:
+        """[B, F], or None."""
+        features, wanted = exit_losses.features, self.num_features
+        if wanted is None and features is None:
+            return None
+        if wanted is None or features is None or features.shape[1:] != (wanted,):
+            got = None if features is None else list(features.shape)
+            raise ValueError(
+                f"`losses` must carry features [samples, num_features={wanted}], got {got}. Give "
+                "the step `features=` and SampleReweighter their number, or neither."
+            )
+        return features
 
     def _largest(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The largest value of each mean's, in the shape of the mean; 0 where none counts."""
-        if self.average_over != "exits" and exit_losses.valid is not None:
-            values = values.masked_fill(~exit_losses.valid.unsqueeze(1), -torch.inf)
+        if exit_losses.counted is not None and self._is_masked(exit_losses):
+            values = values.masked_fill(~exit_losses.counted, -torch.inf)
         dims = {"exits": (1,), "samples": (0,), "both": (0, 1)}[self.average_over]
         largest = values.amax(dims, keepdim=True)
         if self.average_over != "exits":
@@ -154,15 +229,35 @@ class SampleReweighter(nn.Module):
 
     def _mean(self, values: Tensor, exit_losses: ExitLosses) -> Tensor:
         """The mean over the exits [B, 1], over the valid samples [1, K], or over both [1, 1]."""
+        counted = None
         if self.average_over != "exits":
             values = sum_over_ranks(exit_losses.mean_over_samples(values)).unsqueeze(0)
+        elif self._is_masked(exit_losses):
+            counted = exit_losses.counted
         if self.average_over != "samples":
-            values = values.mean(1, keepdim=True)
+            values = _row_mean(values, counted)
         return values
+
+    def _is_masked(self, exit_losses: ExitLosses) -> bool:
+        """Whether means leave anything out: of a whole row there is no mean over its exits."""
+        valid = exit_losses.valid
+        return valid is not None and (self.average_over != "exits" or valid.dim() == 2)
 
     def extra_repr(self) -> str:
         """The choices made, for ``print(reweighter)``."""
-        return (
+        text = (
             f"num_exits={self.num_exits}, form={self.form}, average_over={self.average_over}, "
             f"strength={self.strength}, inputs={self.inputs}"
         )
+        for name in ("num_classes", "num_features"):
+            number = getattr(self, name)
+            text += "" if number is None else f", {name}={number}"
+        return text
+
+
+def _row_mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of each row over what counts in it, [B, 1]; 0 where nothing does."""
+    if counted is None:
+        return values.mean(1, keepdim=True)
+    number = counted.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(counted, values, 0).sum(1, keepdim=True) / number

@@ -23,6 +23,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByTest | 
     return ByTest(config, log) if config.option.dist == "load" else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("card"):
+                item.add_marker(pytest.mark.skip(reason="needs a card"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

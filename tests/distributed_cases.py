@@ -22,12 +22,15 @@ from ranks import attempt, process_group
 from references import allot_slowly
 from reweight import (
     BudgetedObjective,
+    DirectWeights,
     ExitLosses,
     MeanObjective,
     MetaLoss,
     MetaReweightStep,
     SampleReweighter,
+    exit_cross_entropy,
 )
+from reweight._ranks.collectives import num_ranks
 from reweight._ranks.shards import parameters_of, whole
 
 SHARDS = {1: [12], 2: [7, 5], 4: [2, 5, 1, 4]}  # the samples of each rank
@@ -52,6 +55,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
     wrap: Callable[[nn.Module], nn.Module] = lambda ddp: ddp
+    direct: bool = False
     num_exits: int = 3
     num_steps: int = 3
     num_parts: int = 1  # of a step's batch, accumulated
@@ -98,15 +102,17 @@ def train(
     elif rank is not None:
         model = case.wrap(DistributedDataParallel(inner, process_group=group, **case.ddp))
     optimizer = case.optimizer(model.parameters())
-    reweighter = SampleReweighter(case.num_exits, num_hidden=4, **case.reweighter).double()
     options = dict(case.options)
+    reweighter = DirectWeights(case.num_exits) if case.direct else None
+    if reweighter is None:
+        reweighter = SampleReweighter(case.num_exits, num_hidden=4, **case.reweighter).double()
+        options["reweighter_optimizer"] = SGD(reweighter.parameters(), lr=1.0)
     if options.get("objective") is by_parts:
         options["objective"] = options["objective"](num_ranks if rank is None else None)
     step = MetaReweightStep(
         model,
         optimizer,
         reweighter,
-        reweighter_optimizer=SGD(reweighter.parameters(), lr=1.0),
         **options,
     )
     vectors, reports = [], []
@@ -137,7 +143,7 @@ def train(
         vectors.append(
             torch.cat([whole(p).detach().flatten() for p in parameters_of(inner).values()])
         )
-        vectors.append(torch.cat([p.detach().flatten() for p in reweighter.parameters()]))
+        vectors += [p.detach().flatten() for p in reweighter.parameters()]
         if result.meta_loss is not None:
             reports += [result.meta_loss.view(1), result.hypergradient_norm.view(1)]
             reports.append(result.exit_shares)
@@ -191,6 +197,16 @@ def by_parts(num_ranks: int | None) -> Any:
     return objective
 
 
+def of_ones_own(logits: list[Tensor], target: Tensor) -> ExitLosses:
+    """Weights, missing labels and an auxiliary loss, whose mean over ranks is that of the whole."""
+    losses = exit_cross_entropy(logits, target)
+    return losses._replace(
+        weight=losses.labels.clamp(min=0) + 1.0,
+        valid=torch.stack([(target != -100) & (target != k) for k in range(3)], 1),
+        auxiliary=num_ranks() * 0.01 * logits[0].square().sum(),
+    )
+
+
 MEAN = {"objective": MeanObjective()}
 BUCKETS = {"gradient_as_bucket_view": True}
 
@@ -205,6 +221,23 @@ CASES = {
     "sigmoid": Case(reweighter={"form": "sigmoid"}, ignored=True, optimizer=adamw),
     "sigmoid over both": Case(reweighter={"form": "sigmoid", "average_over": "both"}),
     "tanh over both": Case(reweighter={"average_over": "both", "inputs": "both"}),
+    "labels and features": Case(
+        reweighter={"form": "sigmoid", "num_classes": NUM_CLASSES, "num_features": 1},
+        options={"features": lambda inputs, target: inputs[:, :1]},
+        ignored=True,
+    ),
+    "weights of one's own": Case(ignored=True, options={"loss": of_ones_own}),
+    "weights of one's own, sigmoid, lagged": Case(
+        reweighter={"form": "sigmoid"}, options={"loss": of_ones_own, "lagged": True}
+    ),
+    "weights of one's own, direct": Case(
+        direct=True, options={"loss": of_ones_own}, optimizer=adamw, num_parts=2
+    ),
+    "direct weights": Case(direct=True, ignored=True),
+    "direct weights, AdamW, accumulation": Case(direct=True, optimizer=adamw, num_parts=2),
+    "direct weights, unused parameters": Case(
+        direct=True, model=routed, ddp={"find_unused_parameters": True}, optimizer=adamw
+    ),
     "one exit": Case(model=one_exit, num_exits=1, options=MEAN),
     "unrolled": Case(options={"estimator": "unrolled"}, optimizer=adamw),
     "finite differences": Case(options={"estimator": "finite_difference"}),

@@ -66,6 +66,21 @@ def budgeted_loss_slowly(logits: list[Tensor], target: Tensor, power: float) -> 
     return total
 
 
+def direct_weights_slowly(hypergradient: Tensor, valid: list[bool]) -> Tensor:
+    """L2RW's, exit by exit; where few samples have all the weight, by the square-root rule."""
+    weights = torch.ones_like(hypergradient)
+    for k in range(hypergradient.shape[1]):
+        known = [i for i in range(len(valid)) if valid[i] and hypergradient[i, k] != 0]
+        helpful = {i: max(0.0, -hypergradient[i, k].item()) for i in known}
+        total = sum(helpful.values())
+        for i in known:
+            weights[i, k] = helpful[i] * len(known) / total if total else 0.0
+        if total:
+            effective = total**2 / sum(p**2 for p in helpful.values())
+            weights[known, k] *= min(1, math.sqrt(effective / (len(known) / 4)))
+    return weights
+
+
 def meta_objective(
     model: nn.Module,
     optimizer: Optimizer,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reweight import swap_halves
+from reweight import balanced_split, swap_halves
 
 
 def halves(inputs, target):
@@ -77,3 +77,40 @@ def test_samples_that_are_not_in_tensors_are_refused(samples: Any, words: str) -
     x = torch.zeros(2)
     with pytest.raises(TypeError, match=words):
         list(swap_halves([({"x": x, "other": samples}, x)]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_balanced_split_holds_out_as_many_of_every_class_and_none_twice(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-2, 5, (200,), generator=generator) * 3
+    train, meta = balanced_split(labels, 4, generator)
+    assert labels[meta].unique(return_counts=True)[1].tolist() == [4] * 7
+    assert sorted([*train.tolist(), *meta.tolist()]) == list(range(200))
+    other = balanced_split(labels, 4, generator)
+    assert not torch.equal(other[1], meta)
+    same = [balanced_split(labels.tolist(), 4, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(same[0][1], same[1][1])
+
+
+def test_every_sample_is_held_out_as_often() -> None:
+    labels = torch.tensor([0] * 4 + [1] * 8)
+    held_out = torch.zeros(12)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        held_out[balanced_split(labels, 2, generator)[1]] += 1
+    expected = torch.tensor([1000.0] * 4 + [500.0] * 8)
+    assert (held_out - expected).abs().max() < 5 * 1000**0.5  # five standard deviations
+
+
+@pytest.mark.parametrize(
+    ("labels", "per_class", "error", "message"),
+    [
+        ([0, 0, 1, 1, 1], 2, ValueError, "got 2 where class 0 has 2. Hold out fewer"),
+        ([0.0, 1.0], 1, TypeError, "`labels` must be whole numbers, got torch.float32"),
+        ([[0, 1]], 1, ValueError, r"`labels` must have the shape \[N\], got \[1, 2\]"),
+        ([0, 0], 0, ValueError, "`per_class` must be at least 1"),
+    ],
+)
+def test_what_cannot_be_split_is_named(labels, per_class, error, message) -> None:
+    with pytest.raises(error, match=message):
+        balanced_split(labels, per_class)

@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.overrides import TorchFunctionMode
 
 from cases import Fixed, conventional_loss, make_batch, make_model, warm_up
 from properties import assert_same
 from reweight import (
-    BudgetedObjective,
     MeanObjective,
     MetaReweightStep,
     SampleReweighter,
@@ -223,39 +221,6 @@ def test_several_optimizers_over_one_model() -> None:
     step(train, meta)
     step(train, meta)
     assert not any(map(torch.equal, before, model.parameters()))
-
-
-class Waits(TorchFunctionMode):
-    """Notices what makes the host wait for the device; the counts of Adam are on the host."""
-
-    def __init__(self, optimizer) -> None:
-        super().__init__()
-        self.counts = {id(state["step"]) for state in optimizer.state.values() if "step" in state}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        waits = {"item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "cpu"}
-        assert getattr(func, "__name__", "") not in waits or id(args[0]) in self.counts
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("objective", [MeanObjective(), BudgetedObjective()])
-@pytest.mark.parametrize("make", [partial(SGD, lr=0.1, momentum=0.9), partial(Adam, lr=0.01)])
-def test_nothing_in_a_step_waits_for_the_device(make, objective, monkeypatch) -> None:
-    # The reference is what runs where waiting matters and Triton is not at hand.
-    for module in ("losses", "_kernels.dispatch"):
-        monkeypatch.setattr(f"reweight.{module}.is_traced", lambda: True)
-    model, optimizer, train, meta = parts(optimizer=make)
-    reweighter = SampleReweighter(3)
-    step = MetaReweightStep(
-        model,
-        optimizer,
-        reweighter,
-        objective=objective,
-        reweighter_optimizer=SGD(reweighter.parameters(), lr=0.1),
-    )
-    step(train, meta)  # the first loads what it needs
-    with Waits(optimizer):
-        step.backward(train, meta)
 
 
 class TestSizes:

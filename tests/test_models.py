@@ -710,6 +710,19 @@ def test_differences_warn_where_they_are_wrong(function) -> None:
     assert any("do not agree with the backward" in message for message in told)
 
 
+def test_a_cut_of_constants_is_none() -> None:
+    """As of rotary embeddings; warnings are errors here."""
+
+    def turned(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            angles = torch.arange(x.shape[-1]).to(x)
+        return x * angles.cos()
+
+    model, optimizer, train, meta = set_up(Row(lambda: net(linear(), Calls(turned))))
+    fixed = Fixed(torch.rand(8, 2).double())
+    MetaReweightStep(model, optimizer, fixed, estimator="finite_difference").backward(train, meta)
+
+
 class CountFused(TorchDispatchMode):
     calls = 0
 

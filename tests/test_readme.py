@@ -102,7 +102,16 @@ def test_every_block_of_a_page_runs_after_the_readmes_loop(page: Path, one_proce
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_no_block_escapes(page: Path) -> None:
     """Every fence says what it is, so that python which does not run cannot pass for something."""
-    known = ["python", "sh", "diff", "math", "{toctree}", "{include} ../CHANGELOG.md", "{eval-rst}"]
+    known = [
+        "python",
+        "sh",
+        "diff",
+        "math",
+        "text",
+        "{toctree}",
+        "{include} ../CHANGELOG.md",
+        "{eval-rst}",
+    ]
     fences = re.findall(r"^[ \t>]*[`~]{3,}(.*)$", page.read_text(), flags=re.MULTILINE)
     assert all(opening in known for opening in fences[::2]), fences[::2]
     assert not any(fences[1::2]), fences[1::2]

@@ -13,7 +13,8 @@ WEIGHTS = torch.tensor([[0.5, 1.5], [1.0, 1.0], [1.5, 0.5]])
 def update(*nonfinite: bool) -> Update:
     meta_loss = MetaLoss(torch.tensor(0.25), torch.tensor([0.75, 0.25]))
     flags = torch.tensor(nonfinite or [False] * 4)
-    return Update(meta_loss, torch.tensor(0.125), flags, 3, torch.tensor(0.0), lambda: None)
+    value = torch.ones(3, 2)
+    return Update(meta_loss, torch.tensor(0.125), flags, 3, torch.tensor(0.0), value, lambda: None)
 
 
 def test_the_train_loss_is_the_weighted_mean_of_each_exit_added_up() -> None:

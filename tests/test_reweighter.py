@@ -112,11 +112,13 @@ def test_weights_have_the_dtype_of_the_losses(dtype) -> None:
     ("options", "message"),
     [
         ({"num_exits": 0}, "num_exits"),
-        ({"num_exits": 2, "form": "relu"}, "`form` must be one of tanh, sigmoid, got 'relu'"),
+        ({"num_exits": 2, "form": "relu"}, "must be one of tanh, sigmoid, predicted, got 'relu'"),
         ({"num_exits": 2, "average_over": "row"}, "average_over"),
         ({"num_exits": 2, "inputs": "loss"}, "inputs"),
         ({"num_exits": 2, "strength": -0.1}, "strength"),
         ({"num_exits": 2, "num_hidden": 0}, "num_hidden"),
+        ({"num_exits": 2, "num_classes": 0}, "`num_classes` must be at least 1"),
+        ({"num_exits": 2, "num_features": 0}, "`num_features` must be at least 1"),
         ({"num_exits": 1, "average_over": "exits"}, "every weight 1"),
         ({"num_exits": 1, "form": "tanh"}, "every weight 1"),
     ],
@@ -150,3 +152,81 @@ def test_weights_average_one_whatever_the_losses(losses, form, average_over, str
     weights = reweighter(ExitLosses(losses))
     means = weights.mean({"exits": 1, "samples": 0, "both": (0, 1)}[average_over])
     torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=1e-9)
+
+
+def by_hand(reweighter: SampleReweighter, rows: list[list[float]]) -> torch.Tensor:
+    """The raw output of the network, for rows that are written out."""
+    first, _, last = reweighter.network
+    seen = torch.tensor(rows, dtype=torch.float64)
+    return (seen @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (torch.tensor([1, 0, 2]), [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+        (torch.tensor([[0.25, 0.75, 0.0]] * 3), [[0.25, 0.75, 0.0]] * 3),
+    ],
+    ids=["indices", "probabilities"],
+)
+@pytest.mark.parametrize("with_features", [False, True])
+def test_labels_and_features_are_columns_after_the_losses(labels, columns, with_features) -> None:
+    losses = torch.tensor([[0.5, 2.0], [1.0, 0.1], [0.3, 0.2]], dtype=torch.float64)
+    features = torch.tensor([[7], [8], [9]]) if with_features else None
+    options = {"num_classes": 3, "num_features": 1 if with_features else None}
+    reweighter = make(2, "sigmoid", "samples", **options)
+    labels = labels.double() if labels.is_floating_point() else labels
+    rows = [
+        [*row.tolist(), *column, *(features[i].tolist() if with_features else [])]
+        for i, (row, column) in enumerate(zip(losses, columns, strict=True))
+    ]
+    positive = by_hand(reweighter, rows).sigmoid()
+    weights = reweighter(ExitLosses(losses, labels=labels, features=features))
+    torch.testing.assert_close(weights, positive / positive.mean(0), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("num_exits", "form", "average_over"), FORMS)
+def test_what_stands_in_rows_that_do_not_count_is_seen_by_none(
+    num_exits, form, average_over
+) -> None:
+    reweighter = make(num_exits, form, average_over, num_classes=4, num_features=2)
+    valid = torch.arange(9) < 6
+    labels = torch.randint(4, (9,)).masked_fill(~valid, -100)
+    features = torch.randn(9, 2).double()
+    losses = torch.rand(9, num_exits).double()
+    seen = ExitLosses(losses, valid=valid, labels=labels, features=features)
+    spoilt = seen._replace(features=features.masked_fill(~valid.unsqueeze(1), torch.nan))
+    alone = ExitLosses(losses[:6], labels=labels[:6], features=features[:6])
+    for carried in (seen, spoilt):
+        torch.testing.assert_close(
+            reweighter(carried)[:6], reweighter(alone), rtol=1e-13, atol=1e-13
+        )
+    means = reweighter(alone).mean({"exits": 1, "samples": 0, "both": (0, 1)}[average_over])
+    torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=1e-14)
+    assert not torch.allclose(reweighter(seen._replace(labels=(labels + 1) % 4)), reweighter(seen))
+
+
+def test_without_them_nothing_has_changed() -> None:
+    torch.manual_seed(0)
+    plain = SampleReweighter(3)
+    assert repr(plain).count("num_") == 1
+    assert plain.network[0].in_features == 3
+    losses = torch.rand(4, 3)
+    assert torch.equal(plain(losses), plain(ExitLosses(losses, labels=torch.arange(4))))
+
+
+@pytest.mark.parametrize(
+    ("options", "carried", "message"),
+    [
+        ({"num_classes": 3}, {}, "must carry labels for num_classes=3, got None"),
+        ({"num_classes": 3}, {"labels": torch.tensor([0, 3])}, "num_classes=3.* got 4 classes"),
+        ({"num_classes": 3}, {"labels": torch.rand(2, 4)}, "num_classes=3.* got 4 classes"),
+        ({"num_classes": 3}, {"labels": torch.tensor([0])}, r"one for each of 2 samples, .*\[1\]"),
+        ({"num_features": 3}, {}, r"features \[samples, num_features=3\], got None"),
+        ({"num_features": 3}, {"features": torch.rand(2, 2)}, r"num_features=3\], got \[2, 2\]"),
+        ({}, {"features": torch.rand(2, 2)}, r"num_features=None\], got \[2, 2\]"),
+    ],
+)
+def test_what_the_network_wants_and_does_not_get_is_named(options, carried, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleReweighter(2, **options)(ExitLosses(torch.rand(2, 2), **carried))

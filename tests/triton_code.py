@@ -1,6 +1,7 @@
 """What the Triton kernels compile to for a GPU that is not there: no driver, no launch.
 
-`test_triton.py` asserts it of one Triton, `benchmarks/triton_versions.py` lists it of all.
+`_kernels/test_triton_kernels.py` asserts it of one Triton and architecture,
+`benchmarks/triton_versions.py` lists it of all.
 """
 
 import re
@@ -19,7 +20,6 @@ from triton.runtime import JITFunction, driver
 from reweight._kernels import triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = [80, 90, 100]
 NUM_CLASSES = [10, 100, 1000, 32000, 50257, 128256]
 
 
@@ -36,6 +36,17 @@ class MachineCode(NamedTuple):
     num_wide_loads: int
     """Instructions that load 128 bits at a time."""
     num_wide_stores: int
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its rows begin at 16 bytes, and yet do not move 128 bits at a time alone."""
+        if self.options["ALIGNMENT"] != 16:
+            return False
+        num_elements = self.options["ROWS"] * self.options["BLOCK"]
+        num_accesses = num_elements // (self.options["VECTOR"] * 32 * self.options["num_warps"])
+        num_matrices = 2 if "tangent" in self.name else 1
+        wanted = num_matrices * num_accesses, ("backward" in self.name) * num_accesses
+        return (self.num_wide_loads, self.num_wide_stores) != wanted
 
 
 class _Driver:

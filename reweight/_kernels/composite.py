@@ -9,7 +9,11 @@ and p = softmax(z)::
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Up to so many elements: below, PyTorch's own derivatives also cost less than functions of ours.
+_SMALL = 2**15
 
 
 def forward(
@@ -23,34 +27,66 @@ def forward(
 
     The target is [N, C] probabilities, or [N] classes, all valid if ``ignore_index`` is None.
     """
-    losses, confidences, corrects = [], [], []
+    if len(logits) > 1 and is_small(logits):  # one call for all exits costs what it does for one
+        repeated = target.repeat(len(logits), *(1,) * (target.dim() - 1))
+        rest = ignore_index, label_smoothing, class_weight
+        merged = forward([torch.cat(list(logits))], repeated, *rest)
+        losses, confidence, correct = (each.view(len(logits), -1).t() for each in merged)
+        return losses, confidence, correct
+    parts = [_of_exit(rows, target, ignore_index, label_smoothing, class_weight) for rows in logits]
+    if len(parts) == 1:
+        losses, confidence, correct = (each.unsqueeze(1) for each in parts[0])
+        return losses, confidence, correct
+    losses, confidence, correct = (torch.stack(each, 1) for each in zip(*parts, strict=True))
+    return losses, confidence, correct
+
+
+def is_small(logits: Sequence[Tensor]) -> bool:
+    """Whether these are of one form, and calls cost more than what they do."""
+    first = logits[0]
+    return len(logits) * first.numel() <= _SMALL and all(
+        rows.shape == first.shape and rows.dtype == first.dtype for rows in logits
+    )
+
+
+def _of_exit(
+    rows: Tensor,
+    target: Tensor,
+    ignore_index: int | None,
+    label_smoothing: float,
+    class_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, confidence and correctness [N]."""
     soft = target.is_floating_point()
     classes = target.argmax(1) if soft else target
-    index = counted(classes, classes, ignore_index, 0)
-    for rows in logits:
-        num_classes = rows.shape[1]
-        if ignore_index is not None:  # cut off, so that a gradient is 0 and not 0·NaN
-            rows = counted(rows, classes, ignore_index, rows.detach())
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        log_probabilities = rows.log_softmax(1, dtype)
-        best, prediction = log_probabilities.detach().max(1)
-        weighted = log_probabilities
-        if class_weight is not None:
-            weighted = weighted * class_weight.to(dtype)
-        if soft:
-            q = (1 - label_smoothing) * target.to(dtype) + label_smoothing / num_classes
-            # 0·log 0 = 0: what is impossible in the target may be so in the logits.
-            loss = -torch.where(q == 0, 0, q * weighted).sum(1)
-        else:
-            loss = -weighted.gather(1, index.unsqueeze(1)).squeeze(1)
-            if label_smoothing:
-                uniform = -weighted.sum(1) / num_classes
-                loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-        losses.append(counted(loss, classes, ignore_index))
-        confidences.append(best.exp())
-        correct = (prediction == classes) & best.isfinite()
-        corrects.append(counted(correct, classes, ignore_index, False))
-    return torch.stack(losses, 1), torch.stack(confidences, 1), torch.stack(corrects, 1)
+    num_classes = rows.shape[1]
+    if ignore_index is not None:  # cut off, so that a gradient is 0 and not 0·NaN
+        rows = counted(rows, classes, ignore_index, rows.detach())
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    log_probabilities = rows.log_softmax(1, dtype)
+    best, prediction = log_probabilities.detach().max(1)
+    weighted = log_probabilities
+    if class_weight is not None:
+        weighted = weighted * class_weight.to(dtype)
+    if soft:
+        q = (1 - label_smoothing) * target.to(dtype) + label_smoothing / num_classes
+        # 0·log 0 = 0: what is impossible in the target may be so in the logits.
+        loss = -torch.where(q == 0, 0, q * weighted).sum(1)
+    else:
+        index = counted(classes, classes, ignore_index, 0)
+        loss = F.nll_loss(weighted, index, reduction="none")
+        if label_smoothing:
+            uniform = -weighted.sum(1) / num_classes
+            loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    # Where a row is no number, or infinite, so is the best: there is no prediction.
+    correct = (prediction == classes) & (best <= 0)
+    if ignore_index is None:
+        return loss, best.exp(), correct
+    return (
+        counted(loss, classes, ignore_index),
+        best.exp(),
+        counted(correct, classes, ignore_index, False),
+    )
 
 
 def derivative(

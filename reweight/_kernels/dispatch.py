@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reweight._kernels.composite import is_small
+
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
 _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
@@ -41,8 +43,9 @@ def choose(
             f"one dtype, float32, float16 or bfloat16, got {', '.join(got)}. Use 'auto'."
         )
     if impl == "auto":
-        on_cpu = exits[0].device.type == "cpu"
-        return "torch" if on_cpu else "triton" if _fits_triton(exits) else "reference"
+        if exits[0].device.type == "cpu":
+            return "reference" if is_small(exits) else "torch"
+        return "triton" if _fits_triton(exits) else "reference"
     return impl
 
 

@@ -95,14 +95,9 @@ def tangent(
     confidence: Tensor,
     moved: Sequence[Tensor],
 ) -> Tensor:
-    """What the losses move by, [K, N], if the logits move by K tensors [N, C_k] of their dtype.
-
-    The other arguments are those of :func:`backward`.
-    """
-    moved = [dz.contiguous() for dz in moved]
-    rows, table, options = _prepare(logits, moved)
-    target = target.contiguous()
-    products = torch.empty_like(peak)
+    """What the losses move by, [K, N], if the logits move so; all else as in :func:`backward`."""
+    rows, table, options = _prepare(logits, moved := [dz.contiguous() for dz in moved])
+    target, products = target.contiguous(), torch.empty_like(peak)
     with torch.cuda.device_of(target):
         _tangent_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows))](
             *(table, target, peak, confidence, products),
@@ -289,15 +284,13 @@ def _tangent_kernel(
     inside = row < num_rows
     y = tl.load(target + row, mask=inside, other=ignore_index)
     valid = y != ignore_index
-    known = valid & (y >= 0) & (y < num_classes)
-    m = tl.load(peak + index * num_rows + row, mask=valid)
-    p_max = tl.load(confidence + index * num_rows + row, mask=valid)
+    known, at = valid & (y >= 0) & (y < num_classes), index * num_rows + row
+    m, p_max = tl.load(peak + at, mask=valid), tl.load(confidence + at, mask=valid)
     first, first_moved = logits + row * stride, moved + row * num_classes
     dz_y = tl.load(first_moved + y, mask=known, other=float("nan")).to(tl.float32)
 
     # dl = Σ_c exp(z_c - m) dz_c / s - Σ_c q_c dz_c with q_c = (1 - ε) [c = y] + ε / C
-    mixed = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    mixed, total = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, num_classes, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         mask = valid[:, None] & (column < num_classes)
@@ -306,5 +299,4 @@ def _tangent_kernel(
         mixed += tl.sum(tl.where(mask, tl.exp(z - m[:, None]) * dz, 0.0), 1)
         total += tl.sum(dz, 1)
     product = mixed * p_max - (1 - smoothing) * dz_y - smoothing / num_classes * total
-    out = index * num_rows + row
-    tl.store(products + out, tl.where(valid, product, 0.0), mask=inside)
+    tl.store(products + at, tl.where(valid, product, 0.0), mask=inside)

@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from reweight._meta.problem import MetaProblem
+from reweight._meta.problem import Known, MetaProblem
 from reweight._optimizers.accepted import Parameters
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
@@ -19,31 +18,34 @@ from reweight._ranks.collectives import gather, num_ranks
 from reweight._ranks.shards import local, num_copies
 
 
-def both_ways(
-    problem: MetaProblem, gradients: Parameters, direction: Parameters, value: Tensor
-) -> Tensor:
+def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
     """This rank's part of both sums and of the size of their terms, shape [3].
 
     Args:
-        problem: its weights are w.
-        gradients: what the optimizer's next step sees, by name.
+        problem: of this step.
+        known: w, and the gradient that comes of it.
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = problem.weights * value
+    terms, ranks = known.weights * value, num_ranks()
     tangents = {name: _flat(tangent) for name, tangent in direction.items()}
-    ahead = {name: _flat(gradients[name]) for name in direction}
+    # A parameter that only another rank's losses reach has no gradient of its own here.
+    ahead = {
+        name: _flat(known.gradients.get(name, torch.zeros_like(tangent)))
+        for name, tangent in direction.items()
+    }
     dots = []
     for name, tangent in tangents.items():
         dot = torch.dot(tangent, ahead[name])
-        if name in problem.first.accumulated:  # which is no part of the gradient of L_tr
-            before = problem.unscaled(problem.first.accumulated[name])
+        if name in known.accumulated:  # which is no part of the gradient of L_tr
+            before = problem.unscaled(known.accumulated[name])
             dot = dot - torch.dot(tangent, _flat(before))
-        dots.append(dot.to(value) / (num_copies(direction[name]) or num_ranks()))
+        shares = num_copies(direction[name]) or ranks
+        dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = get_total_norm(list(tangents.values())) * get_total_norm(list(ahead.values()))
+    norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
     sums = torch.stack(dots)
-    sizes = terms.abs().sum(), sums.abs().sum(), norms.to(value) * problem.precision ** (1 / 3)
+    sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
@@ -51,6 +53,13 @@ def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
     return torch.where(size > 0, (forward - backward).abs() / size, 0)
+
+
+def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """That of all of them as one vector."""
+    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -70,13 +79,14 @@ class Check:
 
     Attributes:
         failures: in how many updates in a row they did not.
+        is_first: whether the next is to be looked at, whatever the one before came to.
     """
 
     def __init__(self, ladder: Ladder, *, is_coarse: bool) -> None:
         self.is_coarse, self.failures, self._ladder = is_coarse, 0, ladder
         self._precision = 0.0  # of the numbers inside the model, where they are coarser
         self._expected: tuple[Later, float] | None = None
-        self._is_first = True
+        self.is_first = True
 
     def expect(self, difference: Tensor | None, precision: float) -> None:
         """Take note of what an update came to, to look at in the next one."""
@@ -100,8 +110,8 @@ class Check:
         """
         expected, self._expected = self._expected, None
         has_failed = expected is not None and expected[0].read() > expected[1]
-        look = has_failed or (self._is_first and num_ranks() == 1)  # ranks would have to send
-        self._is_first = False
+        look = has_failed or (self.is_first and num_ranks() == 1)  # ranks would have to send
+        self.is_first = False
         difference = self.difference(problem, parts) if look else None
         if difference is None:
             self.failures = 0

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from reweight._checks import check_choice
 from reweight._meta.consistency import Check, both_ways
-from reweight._meta.problem import Hypergradient, MetaProblem, dense, leaves
-from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.pseudo_update import PseudoUpdate
-from reweight._passes.differences import DifferenceWatch
+from reweight._meta.problem import Hypergradient, Known, MetaProblem, dense, leaves
+from reweight._optimizers.accepted import Parameters, PseudoUpdate
+from reweight._passes.differences import DifferenceWatch, differ
 from reweight._passes.forward_mode import (
     load_forward_mode,
     plain_attention,
@@ -61,13 +60,15 @@ def dual_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> 
     return ladder.run(product)
 
 
-def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladder) -> Tensor:
+def difference_product(
+    problem: MetaProblem, tangents: Parameters, ladder: Ladder, remedy: str = ""
+) -> Tensor:
     """⟨v, ∇θ l⟩ approximately, by two forwards at θ ± h·v; for what has no forward mode.
 
     h·‖v‖ is precision^⅔·‖θ‖, 2e-5 of ‖θ‖ in float32 and 0.04 in bfloat16: rounding, which grows as
     precision/h, is balanced against the kinks of ReLU and the like, of which about √h are passed
     (``benchmarks/finite_difference.py`` measures both). Wrong where the model cuts tensors from the
-    graph: differences see through it.
+    graph: differences see through it, and the first time a warning says so, with a remedy.
     """
     lengths = [
         torch.stack([whole(tensor.detach().norm()) for tensor in tensors]).norm()
@@ -90,33 +91,41 @@ def difference_product(problem: MetaProblem, tangents: Parameters, ladder: Ladde
     def difference(precision: float) -> Tensor:
         step = precision ** (2 / 3) * lengths[0] / lengths[1]
         step = torch.where(step.isfinite() & (step > 0), step, 1)  # v = 0: any step gives 0
-        above, below = (losses_at(sign * step).detach() for sign in (1, -1))
+        above = losses_at(step).detach()
+        cuts, watch.cuts = watch.cuts, []
+        below = losses_at(-step).detach()
+        look, ladder.has_looked_for_cuts = bool(cuts) and not ladder.has_looked_for_cuts, True
+        if look and differ(cuts, watch.cuts):
+            warnings.warn(
+                "The model cuts tensors from the graph that depend on its parameters (detach or "
+                "no_grad), which finite differences cannot see: hypergradients are wrong where the "
+                f"cut matters. {remedy}",
+                stacklevel=3,
+            )
+        watch.cuts = []
         return (above - below) / (2 * step)
 
     product = difference(problem.precision)
     if watch.precision > problem.precision:  # autocast inside the model
         product = difference(watch.precision)
-    if watch.cuts:
-        warnings.warn(
-            "The model cuts tensors from the graph (detach or no_grad), which finite differences "
-            "cannot see: hypergradients are wrong where the cut matters. Use estimator='forward' "
-            "if the model has forward mode.",
-            stacklevel=2,
-        )
     return product
 
 
 def unrolled(problem: MetaProblem) -> Hypergradient:
     """Exact, by differentiating the gradient itself (double backward): the slow reference."""
     weights = problem.weights.detach().requires_grad_()
-    gradients = problem.train_gradients(weights, create_graph=True)
+    gradients = {
+        name: gradient if gradient.requires_grad else gradient.detach().requires_grad_()
+        for name, gradient in problem.train_gradients(weights, create_graph=True).items()
+    }
     ahead = problem.update(gradients)
     meta_loss, cotangents = _cotangents(problem, ahead)
     # Of all ranks that is the way back through the sum of their gradients.
     sources = [weights, *gradients.values()]
     value, *tangents = _grad([ahead.parameters[n] for n in gradients], sources, cotangents)
     direction = dict(zip(gradients, sums_over_ranks(tangents), strict=True))
-    parts = both_ways(problem, gradients, direction, value)
+    known = Known(weights, gradients, problem.first.accumulated)
+    parts = both_ways(problem, known, direction, value)
     return Hypergradient(value, meta_loss, ahead.num_zero_moments, parts)
 
 
@@ -202,7 +211,7 @@ class Estimator:
                 "`estimator` cannot be 'unrolled' with `lagged`, `train_fraction` or a model of "
                 "fully_shard."
             )
-        self.name, self._is_auto, self._may_unroll = name, name == "auto", may_unroll
+        self.name, self._given, self._may_unroll = name, name, may_unroll
         self.ladder = Ladder()
         self.check = Check(self.ladder, is_coarse=name == "finite_difference")
 
@@ -219,9 +228,9 @@ class Estimator:
             tangents = {n: _through_hooks(problem.everything[n], each) for n, each in v.items()}
             product = self._dual_product(problem, tangents)
             if product is None:
-                product = difference_product(problem, tangents, self.ladder)
+                product = difference_product(problem, tangents, self.ladder, self._remedy())
             value = (problem.first.sample_shares * problem.spread(product)).detach()
-            return value, both_ways(problem, ahead.gradients, v, value)
+            return value, both_ways(problem, problem.known, v, value)
 
         value, parts = estimated(direction)
         found = Hypergradient(value, meta_loss, ahead.num_zero_moments)
@@ -229,13 +238,27 @@ class Estimator:
             return found
         names = list(direction)
         self.check(problem, parts, names, lambda some: estimated(some)[1])
-        if self._is_auto and self.check.failures == 3:
+        if self._given == "auto" and self.check.failures == 3:
             self._move_on(problem, lambda: estimated(names)[1])
         return found._replace(both_ways=parts)
+
+    def anew(self) -> "Estimator":
+        """The same one, that has seen nothing yet."""
+        return Estimator(self._given, may_unroll=self._may_unroll)
 
     def attention(self) -> AbstractContextManager[None]:
         """How attention runs in the passes of a step: fused kernels have no double backward."""
         return plain_attention() if self.name == "unrolled" else nullcontext()
+
+    def _remedy(self) -> str:
+        """What to use in the place of finite differences, but for what was refused."""
+        if self._given != "auto":
+            return "Use estimator='forward' if the model has forward mode."
+        if self._may_unroll:
+            return "Use estimator='unrolled'."
+        return (
+            "estimator='unrolled' could, without lagged, train_fraction, sharding or compilation."
+        )
 
     def _move_on(self, problem: MetaProblem, parts: Callable[[], Tensor]) -> None:
         """To finite differences if they agree with the backward, or else to double backward."""

@@ -1,5 +1,7 @@
 """A step of an optimizer that is taken or not, and can be taken back."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,11 +43,19 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
     Returns:
         Whether the step was taken, bool, scalar.
     """
+    if ok.device.type == "cpu":  # which is not waited for, and need not do what is then undone
+        if ok:
+            optimizer.step()
+            ok = are_finite(before.parameters)
+            if not ok:
+                before.restore()
+        optimizer.zero_grad(set_to_none=True)
+        return ok
     for parameter in before.parameters:
         if parameter.grad is not None:
             parameter.grad = torch.where(ok, parameter.grad, 0)
     optimizer.step()
-    ok = ok & torch.stack([p.data.isfinite().all() for p in before.parameters]).all()
+    ok = ok & are_finite(before.parameters)
     for parameter, value, state in zip(
         before.parameters, before.values, before.states, strict=True
     ):
@@ -56,3 +66,9 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
                 new.copy_(torch.where(ok, new, old))
     optimizer.zero_grad(set_to_none=True)
     return ok
+
+
+def are_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every entry of all of them is, bool, scalar, on their device."""
+    largest = torch._foreach_norm([t.detach() for t in tensors if t.numel()], torch.inf)
+    return torch.stack(largest).isfinite().all()

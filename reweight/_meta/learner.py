@@ -1,7 +1,8 @@
 """Learning the reweighter: what its weights, its optimizer and a hypergradient make of it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
 from reweight._meta.consistency import relative_difference
-from reweight._meta.guarded_step import Snapshot, step_where
+from reweight._meta.guarded_step import Snapshot, are_finite, step_where
 from reweight._meta.problem import Hypergradient, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
+from reweight._passes.forward import LossFunction
 from reweight._ranks.collectives import gather, joined, require_same, sums_by_name
 from reweight._ranks.wrappers import unwrap
 from reweight.losses import ExitLosses
+from reweight.objectives import BudgetedObjective, Objective
 from reweight.result import Update
 
 
@@ -33,6 +36,10 @@ class ReweighterLearner:
             argument is of another type.
         ValueError: the optimizer holds something else, or a number is out of range.
     """
+
+    default_objective: Callable[[], Objective] = BudgetedObjective
+    begins_at_zero = False  # the look-ahead, in its weights
+    num_steps = 1  # of the optimizer, at each update
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class ReweighterLearner:
         self.num_skipped = torch.zeros((), dtype=torch.int64)
         self.num_calls = 0  # of the step: what its interval counts
         self.num_updates = 0
-        self._was_cold = self._has_stepped = False
+        self.was_cold = self._has_stepped = False
 
     @property
     def is_trainable(self) -> bool:
@@ -72,14 +79,28 @@ class ReweighterLearner:
         """Whether the next call of the step is one to learn from."""
         return self.is_trainable and self.num_calls % self.interval == 0
 
+    def loss(self, given: LossFunction) -> LossFunction:
+        """What gives the losses and all that the reweighter sees of them."""
+        return given
+
     def require_trainable(self) -> None:
         """Raise ValueError if there is nothing to learn."""
         if not self.is_trainable:
             raise ValueError("`reweighter` must have a trainable parameter to update, got none.")
 
-    def weights(self, losses: ExitLosses) -> Tensor:
-        """The weights w = g(l), shape [B, K]."""
-        weights: Tensor = self.reweighter(losses._replace(losses=losses.losses.detach()))
+    @torch.no_grad()
+    def weights(self, losses: ExitLosses, update: Update | None) -> Tensor:
+        """The weights of the step, after this update if there was one, shape [B, K]."""
+        return self.ahead(losses)
+
+    def ahead(self, losses: ExitLosses) -> Tensor:
+        """The weights w = g(l) of the step that the look-ahead takes, shape [B, K]."""
+        return self._checked(losses)
+
+    def _checked(self, losses: ExitLosses, *hypergradient: Tensor) -> Tensor:
+        """What the reweighter gives, which has the shape of the losses."""
+        losses = losses._replace(losses=losses.losses.detach())
+        weights: Tensor = self.reweighter(losses, *hypergradient)
         if weights.shape != losses.losses.shape:
             raise ValueError(
                 f"`reweighter` must return weights of the shape of the losses, "
@@ -90,18 +111,10 @@ class ReweighterLearner:
     def learn(self, losses: ExitLosses, weights: Tensor, hypergradient: Hypergradient) -> Update:
         """Θg ← Θg − β ∂L_meta/∂Θg, unless something is not finite or would come to be so."""
         assert self.optimizer is not None
-        value = hypergradient.value
-        values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        bad = [~each.isfinite().all() for each in values]
-        # From every rank, so that all clip alike, and all skip or none does.
-        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
-        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
-        difference = relative_difference(every[:, 5:]) if told else None
-        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
-        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
-        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
+        update, ok = self._report(losses, hypergradient)
+        value, nonfinite = update.hypergradient, update.nonfinite
         if self.clip_hypergradient is not None:
-            value = value * (self.clip_hypergradient / norm).clamp(max=1)
+            value = value * (self.clip_hypergradient / update.hypergradient_norm).clamp(max=1)
         before, counts = Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
 
         def undo() -> None:
@@ -109,24 +122,51 @@ class ReweighterLearner:
             self.num_skipped, self.num_updates = counts
 
         self.optimizer.zero_grad(set_to_none=True)  # the user may have run a backward through it
-        # The very first step makes the optimizer's state and so waits for the device to say whether
-        # to take it; from then on a step that is not to be is taken back where it happens.
-        if weights.requires_grad and (self._has_stepped or bool(ok)):
-            weights.backward(value)
+        descend = self._descent(losses, weights, value, ok)
+        for _ in range(self.num_steps if weights.requires_grad else 0):
+            # The very first step makes the optimizer's state and so waits for the device to say if
+            # it is to be taken; from then on one that is not to be is taken back where it happens.
+            if not self._has_stepped and not bool(ok):
+                break
+            descend()
             own = {str(i): parameter for i, parameter in enumerate(before.parameters)}
             for name, gradient in sums_by_name(gradients_of(own), own).items():
                 own[name].grad = gradient
-            taken = step_where(self.optimizer, ok, before)
+            last = before if self.num_steps == 1 else Snapshot(self.optimizer)
+            taken = step_where(self.optimizer, ok, last)
             if not self._has_stepped and not bool(taken):
-                before.restore()
+                last.restore()
             else:
                 self._has_stepped = True
-            nonfinite, ok = torch.cat([nonfinite, (ok & ~taken).view(1)]), taken
-        else:
-            nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+            nonfinite[3:] |= ok & ~taken
+        self._count(nonfinite)
+        return update._replace(nonfinite=nonfinite, undo=undo)
+
+    def _descent(
+        self, losses: ExitLosses, weights: Tensor, value: Tensor, ok: Tensor
+    ) -> Callable[[], None]:
+        """What adds ∂L_meta/∂Θg to ``.grad``: this rank's part."""
+        return partial(weights.backward, value)
+
+    def _count(self, nonfinite: Tensor) -> None:
         self.num_updates += 1
-        self.num_skipped = self.num_skipped.to(ok.device) + nonfinite.any()
-        return Update(meta_loss, norm, nonfinite, hypergradient.num_zero_moments, difference, undo)
+        self.num_skipped = self.num_skipped.to(nonfinite.device) + nonfinite.any()
+
+    def _report(self, losses: ExitLosses, hypergradient: Hypergradient) -> tuple[Update, Tensor]:
+        """What is known before anything is learned, and whether it is something to learn from."""
+        value = hypergradient.value
+        values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
+        bad = [~are_finite([each]) for each in values]
+        # From every rank, so that all clip alike, and all skip or none does.
+        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
+        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
+        difference = relative_difference(every[:, 5:]) if told else None
+        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
+        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
+        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
+        nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+        zero = hypergradient.num_zero_moments
+        return Update(meta_loss, norm, nonfinite, zero, difference, value, lambda: None), ok
 
     def require_same(self, options: object, group: Any, device: torch.device) -> None:
         """Raise ValueError on every rank unless all begin alike, with these options of the step."""
@@ -142,14 +182,14 @@ class ReweighterLearner:
     def warn_if_cold(self, optimizers: Sequence[AnyOptimizer]) -> None:
         """Any Adam is cold at its first step; it is a mistake only if it stays so."""
         cold = [type(one).__name__ for one in optimizers if is_cold(one)]
-        if cold and self._was_cold:
+        if cold and self.was_cold:
             warnings.warn(
                 f"{cold[0]} still has no state: its next step is the sign of the gradient, which "
                 "hardly depends on the weights, so the reweighter learns nothing. Call "
                 "optimizer.step() after each call.",
                 stacklevel=5,
             )
-        self._was_cold = bool(cold)
+        self.was_cold = bool(cold)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, text and containers of them."""
@@ -210,7 +250,8 @@ def _optimizer_for(
     Adam's epsilon far below what a hypergradient may be.
 
     The sigmoid form's learning rate, published for an update at every step, grows with the
-    interval: with a tenth of the updates, ten times the rate was needed, and enough.
+    interval: with a tenth of the updates, ten times the rate was needed, and enough. That of the
+    predicted form is of a regression.
 
     Raises:
         TypeError: it is no optimizer.
@@ -218,8 +259,8 @@ def _optimizer_for(
     """
     own = {id(parameter) for parameter in reweighter.parameters()}
     if optimizer is None:
-        sigmoid = getattr(reweighter, "form", None) == "sigmoid"
-        lr = 1e-3 * min(interval, 10) if sigmoid else 1e-4
+        form = getattr(reweighter, "form", None)
+        lr = {"sigmoid": 1e-3 * min(interval, 10), "predicted": 1e-2}.get(str(form), 1e-4)
         return AdamW(reweighter.parameters(), lr=lr, eps=1e-16, weight_decay=1e-4) if own else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(

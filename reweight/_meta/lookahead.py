@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reweight._checks import check_choice, check_function, check_number, check_positive, kind
-from reweight._meta.problem import FirstForward, MetaProblem
+from reweight._meta.problem import FirstForward, MetaProblem, dense
 from reweight._optimizers.accepted import (
     AnyOptimizer,
     Exactness,
@@ -21,7 +21,9 @@ from reweight._optimizers.accepted import (
 )
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
-from reweight._ranks.shards import require_reduced
+from reweight._passes.snapshots import Beginning
+from reweight._ranks.collectives import num_ranks
+from reweight._ranks.shards import is_sharded, require_reduced
 from reweight.batches import Batch, drawn_rows
 from reweight.losses import ExitLosses
 from reweight.objectives import Objective
@@ -87,12 +89,68 @@ class Lookahead:
                 )
         return moved
 
+    def require_unscaled(self) -> None:
+        """Raise ValueError if the optimizer is stepped by a GradScaler."""
+        if self.scaler is not None and self.scaler.is_enabled():
+            raise ValueError(
+                "`scaler` steps the optimizer itself: call step.backward, scaler.step(optimizer) "
+                "and scaler.update() in its place."
+            )
+
+    def clip(self) -> None:
+        """Clip ``.grad`` as the look-ahead has done."""
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.held().values(), self.clip_grad_norm)
+
     def scaled(self, tensor: Tensor) -> Tensor:
         """What a gradient is to begin with, where a GradScaler is in use."""
         return tensor if self.scaler is None else self.scaler.scale(tensor)
 
+    def beside(
+        self, accumulated: Parameters, losses: ExitLosses, moved: Parameters, scale: float | Tensor
+    ) -> Parameters:
+        """What the gradient of the weighted losses is added to, that of the auxiliary loss as well.
+
+        Raises:
+            ValueError: there is an auxiliary loss of sharded parameters.
+        """
+        auxiliary = losses.auxiliary
+        if auxiliary is None or not moved or not auxiliary.requires_grad:
+            return accumulated
+        if any(map(is_sharded, moved.values())):
+            raise ValueError(
+                "`loss` must return ExitLosses without `auxiliary` for a model of fully_shard, "
+                "whose gradients come by its own backward. Add it to a loss that is weighted."
+            )
+        found = torch.autograd.grad(
+            auxiliary,
+            list(moved.values()),
+            self.scaled(scale * torch.ones_like(auxiliary)),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        gradients = {n: dense(g) for n, g in zip(moved, found, strict=True) if g is not None}
+        both = {n: g + accumulated[n] if n in accumulated else g for n, g in gradients.items()}
+        return {**accumulated, **both}
+
+    def backward(
+        self, losses: ExitLosses, factors: Tensor, scale: float | Tensor, *, keep: bool
+    ) -> None:
+        """The gradient of L_tr into ``.grad``, with these factors of the losses."""
+        # Times the ranks, whose gradients DistributedDataParallel averages.
+        outputs, cotangents = [losses.losses], [self.scaled(num_ranks() * factors)]
+        if losses.auxiliary is not None and losses.auxiliary.requires_grad:
+            outputs.append(losses.auxiliary)
+            cotangents.append(self.scaled(scale * torch.ones_like(losses.auxiliary)))
+        torch.autograd.backward(outputs, cotangents, retain_graph=keep)
+
     def problem(
-        self, first: FirstForward, meta: Batch | ExitLosses, weights: Tensor, seed: int
+        self,
+        first: FirstForward,
+        after: Beginning,
+        meta: Batch | ExitLosses,
+        weights: Tensor,
+        seed: int,
     ) -> MetaProblem:
         """The meta step after that forward; the seed draws the rows that it is learned from.
 
@@ -101,7 +159,7 @@ class Lookahead:
         require_reduced(self.model)
         fraction = 1.0 if seed % _UPDATES_BETWEEN_CHECKS == 0 else self.train_fraction
         rows = drawn_rows(first.batch, fraction, seed)
-        return self._problem(first, meta, weights, rows)
+        return self._problem(first, after, meta, weights, rows)
 
     def postponed(self, first: FirstForward, weights: Tensor) -> FirstForward:
         """The same, to be judged when the optimizer has made the step: by the next train batch.
@@ -109,7 +167,7 @@ class Lookahead:
         What the step will change is copied, and the step itself, which it depends on, taken now.
         """
         first = first._replace(gradients={n: g.clone() for n, g in (first.gradients or {}).items()})
-        ahead = self._problem(first, first.losses, weights, None).look_ahead()
+        ahead = self._problem(first, first.beginning, first.losses, weights, None).look_ahead()
         held = self.held()
         before = {name: parameter.detach().clone() for name, parameter in held.items()}
         first.cache.follow({id(parameter): before[name] for name, parameter in held.items()})
@@ -130,6 +188,7 @@ class Lookahead:
     def _problem(
         self,
         first: FirstForward,
+        after: Beginning,
         meta: Batch | ExitLosses,
         weights: Tensor,
         rows: Tensor | None,
@@ -146,6 +205,7 @@ class Lookahead:
             self.model,
             self.objective,
             first,
+            after,
             rows,
             meta,
             weights.detach(),

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.pseudo_update import PseudoUpdate
+from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
@@ -53,6 +52,14 @@ class FirstForward(NamedTuple):
     gradients: Parameters | None = None
     before: Parameters | None = None
     ahead: PseudoUpdate | None = None
+
+
+class Known(NamedTuple):
+    """Weights, the gradient that comes of them on all ranks, and what in it is from before."""
+
+    weights: Tensor
+    gradients: Parameters
+    accumulated: Parameters
 
 
 class Hypergradient(NamedTuple):
@@ -108,13 +115,17 @@ class MetaProblem:
         model: whose parameters these are.
         objective: losses of the meta batch → L_meta.
         first: the forward at θ.
+        after: what the forward of the meta batch begins with.
         rows: what the estimator sees of its batch; None for all.
         meta: the meta batch; or its losses with their graph, where it has gone through the updated
             model already.
         weights: w[i,k], shape [B, K], without a graph.
         update: U, gradients → θ̂.
         grad_scale: what gradients are multiplied by on their way through low precision, or None.
+        begins_at_zero: whether all these weights are 0, of purpose.
         everything: all parameters of the model, by name.
+        known: the weights and gradients by which ⟨v, ∇L_tr⟩ is known once more: this step's, or,
+            where all weights are 0 and so is that, those of weights of 1. Set by the look-ahead.
         precision: spacing of the numbers that the forward computes with.
     """
 
@@ -122,16 +133,19 @@ class MetaProblem:
     model: nn.Module
     objective: Objective
     first: FirstForward
+    after: Beginning
     rows: Tensor | None
     meta: Batch | ExitLosses
     weights: Tensor
     update: Callable[[Parameters], PseudoUpdate]
     grad_scale: Tensor | None
+    begins_at_zero: bool = False
+    known: Known = field(init=False)
     everything: Parameters = field(init=False)
     precision: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._after, self.everything = Beginning(self.model), parameters_of(self.model)
+        self.everything = parameters_of(self.model)
         self.precision = working_precision(self.first.moved)
 
     def meta_loss(self, at: Parameters, judge: Judge) -> tuple[MetaLoss, tuple[Tensor, ...]]:
@@ -146,8 +160,8 @@ class MetaProblem:
 
         if isinstance(meta, ExitLosses):
             return then(meta)
-        self._after.replay()
-        return self.forward.at(at, self._after.buffers, *meta, then)
+        self.after.replay()
+        return self.forward.at(at, self.after.buffers, *meta, then)
 
     def replay(
         self,
@@ -198,6 +212,8 @@ class MetaProblem:
         first = self.first
         if first.gradients is not None:
             return {name: self.unscaled(gradient) for name, gradient in first.gradients.items()}
+        if self.begins_at_zero and not create_graph:
+            weights = torch.ones_like(weights)  # of which the others are 0 times
         gradients = self.gradients_at(
             first.moved,
             first.losses.losses,
@@ -211,6 +227,11 @@ class MetaProblem:
                 "`optimizer` must hold a parameter that the losses depend on, got none. Was the "
                 "part of the model that it holds left out of the forward, or run without gradients?"
             )
+        if self.begins_at_zero and not create_graph:
+            # The sum over the ranks of what is averaged again: no rank needs to know the others'.
+            ranks = 1 if any(map(is_sharded, reached.values())) else num_ranks()
+            self.known = Known(weights, {n: ranks * g for n, g in reached.items()}, {})
+            reached = {name: torch.zeros_like(gradient) for name, gradient in reached.items()}
         for name, gradient in first.accumulated.items():
             gradient = self.unscaled(gradient)
             if not is_sharded(gradient):
@@ -254,7 +275,10 @@ class MetaProblem:
 
     def look_ahead(self) -> PseudoUpdate:
         """The step with these weights, of gradients that are leaves: the optimizer's arithmetic."""
-        return self.first.ahead or self.update(leaves(self.train_gradients(self.weights)))
+        ahead = self.first.ahead or self.update(leaves(self.train_gradients(self.weights)))
+        if not self.begins_at_zero:
+            self.known = Known(self.weights, ahead.gradients, self.first.accumulated)
+        return ahead
 
     def scaled(self, cotangent: Tensor) -> Tensor:
         """A cotangent, ready for its way through low precision."""

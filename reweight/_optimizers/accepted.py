@@ -1,11 +1,11 @@
-"""The optimizers of the user: which there are, what they hold, which are refused."""
+"""The optimizers of the user: which there are, what they hold and come to, which are refused."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter, signature
 from itertools import combinations
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torchopt
@@ -22,6 +22,22 @@ _logger = logging.getLogger("reweight")
 Parameters: TypeAlias = dict[str, Tensor]
 AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
 Exactness: TypeAlias = Literal["exact", "gradient_descent"]
+
+
+class PseudoUpdate(NamedTuple):
+    """θ̂ and what had to be left out of its derivative.
+
+    Attributes:
+        gradients: what it is a function of, by name.
+        parameters: θ̂ by name, differentiable in the gradients.
+        num_zero_moments: how many entries have no derivative, because gradient and second moment
+            are both 0 there (dead units, a bias before BatchNorm), or for want of a finite slope;
+            it is taken as 0.
+    """
+
+    gradients: Parameters
+    parameters: Parameters
+    num_zero_moments: Tensor | int
 
 
 def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOptimizer, ...]:

@@ -6,33 +6,21 @@ them. What ``rules`` lacks is recorded as it runs, and an optimizer of torchopt 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torchopt
 from torch import Tensor, optim
 
-from reweight._optimizers.accepted import AnyOptimizer, Exactness, Parameters, groups_of
-from reweight._optimizers.recorded_update import by_recording
+from reweight._optimizers.accepted import (
+    AnyOptimizer,
+    Exactness,
+    Parameters,
+    PseudoUpdate,
+    groups_of,
+)
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._optimizers.torchopt_update import by_torchopt
 from reweight._ranks.shards import local, shard_like
-
-
-class PseudoUpdate(NamedTuple):
-    """θ̂ and what had to be left out of its derivative.
-
-    Attributes:
-        gradients: what it is a function of, by name.
-        parameters: θ̂ by name, differentiable in the gradients.
-        num_zero_moments: how many entries have no derivative, because gradient and second moment
-            are both 0 there (dead units, a bias before BatchNorm), or for want of a finite slope;
-            it is taken as 0.
-    """
-
-    gradients: Parameters
-    parameters: Parameters
-    num_zero_moments: Tensor | int
 
 
 def pseudo_update(
@@ -74,6 +62,8 @@ def pseudo_update(
             own = {name: gradients.get(name) for held in groups for name in held}
             if any(gradient is not None for gradient in own.values()):
                 by_id = {id(parameters[name]): gradient for name, gradient in own.items()}
+                from reweight._optimizers.recorded_update import by_recording  # rarely needed
+
                 moved = by_recording(optimizer, by_id, num_zero_moments)
                 updated.update((names[key], parameter) for key, parameter in moved.items())
             continue
@@ -85,6 +75,17 @@ def pseudo_update(
                 updated.update(zip(held, new, strict=True))
                 num_zero_moments += num_zero
     return PseudoUpdate(given, updated, num_zero_moments)
+
+
+def way_of(optimizer: AnyOptimizer, exactness: Exactness) -> str:
+    """How its next step is made differentiable, in words."""
+    if exactness == "gradient_descent":
+        return "a plain gradient step in its place, approximate"
+    if isinstance(optimizer, torchopt.Optimizer):
+        return "differentiable itself"
+    if _is_recorded(optimizer):
+        return "its own step, recorded and verified"
+    return "in closed form"
 
 
 def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
@@ -114,6 +115,8 @@ def _by_group(
         rate = -group["lr"] if group.get("maximize") else group["lr"]
         return [p - rate * g for p, g in zip(parameters, gradients, strict=True)], 0
     if isinstance(optimizer, torchopt.Optimizer):
+        from reweight._optimizers.torchopt_update import by_torchopt
+
         return by_torchopt(optimizer, index, parameters, gradients)
     return _by_rule(optimizer, group, parameters, gradients)
 
@@ -123,8 +126,7 @@ def _by_rule(
 ) -> tuple[list[Tensor], Tensor]:
     """One group, shard by shard."""
     states = [optimizer.state.get(p, {}) for p in parameters]
-    values_of: list[Tensor] = list(parameters)
-    slopes_of: list[Tensor | float] = [0.0] * len(parameters)
+    found: list[Any] = [None] * len(parameters)
     num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
     for members in _together(parameters, states):
         chosen = [local(parameters[i]) for i in members]
@@ -145,9 +147,9 @@ def _by_rule(
             num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
             slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
         for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
-            values_of[i], slopes_of[i] = (shard_like(gradients[i], part) for part in (value, slope))
-    moved = _Moved.apply(slopes_of, *gradients, *values_of)  # type: ignore[no-untyped-call]
-    return list(moved), num_zero
+            found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
+    moved, slopes = zip(*found, strict=True)
+    return list(_Moved.apply(slopes, *gradients, *moved)), num_zero  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -165,22 +167,28 @@ def _moved(
 
 
 class _Moved(torch.autograd.Function):
-    """θ̂ as a function of the gradient, entry by entry, when it is known together with its slope."""
+    """θ̂ as a function of the gradients, entry by entry, when it is known with its slopes."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: list[Tensor | float], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, slopes: Sequence[Tensor | float], *tensors: Tensor) -> Any:
         ctx.slopes = slopes
-        return tensors[len(slopes) :]
+        ctx.set_materialize_grads(False)
+        return tensors[len(slopes) :]  # after as many gradients
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = list(zip(cotangents, ctx.slopes, strict=True))
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         numbers = all(isinstance(slope, float) for slope in ctx.slopes)
-        if numbers or all(isinstance(s, Tensor) and s.dtype == c.dtype for c, s in pairs):
-            gradients = list(torch._foreach_mul(cotangents, ctx.slopes))
-        else:
-            gradients = [(c * slope).to(c.dtype) for c, slope in pairs]
-        return None, *gradients, *(None,) * len(cotangents)
+        there = [c for c in cotangents if c is not None]
+        pairs = list(zip(cotangents, ctx.slopes, strict=True))
+        alike = numbers or all(c is not None and _is_like(slope, c) for c, slope in pairs)
+        if alike and len(there) == len(cotangents):
+            return None, *torch._foreach_mul(there, ctx.slopes), *(None for _ in cotangents)
+        gradients = [None if c is None else (c * slope).to(c.dtype) for c, slope in pairs]
+        return None, *gradients, *(None for _ in cotangents)
+
+
+def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
+    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
 
 
 _SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does

@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from reweight._passes.forward import call
 from reweight._passes.forward_mode import TangentsWithGradients, plain_attention
-from reweight._passes.functional import by_place, run_with
+from reweight._passes.functional import run_with
+from reweight._passes.hooks import HookChangesError
 from reweight._passes.ladder import NotCompiledError
+from reweight._structure import structure_of
 
 _logger = logging.getLogger("reweight")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -55,8 +57,12 @@ class CompiledModel:
         Raises:
             NotCompiledError: PyTorch does not compile it, or not in one piece with dual numbers.
         """
-        parameters = by_place(self._model, dict(self._model.named_parameters()))
-        duals = {name: forward_ad.unpack_dual(tensor) for name, tensor in parameters.items()}
+        structure = structure_of(self._model)
+        duals = {  # each place by a name of its own, as functional_call has it
+            place.path: forward_ad.unpack_dual(structure.parameters[place.name])
+            for place in structure.places
+            if place.name in structure.parameters
+        }
         tangents = {name: dual.tangent for name, dual in duals.items() if dual.tangent is not None}
         if not tangents:
             outputs, compiled = self._forward(self._model, inputs)
@@ -67,7 +73,7 @@ class CompiledModel:
         try:
             with plain_attention():
                 # The compiler refuses a model that holds dual numbers; it makes them itself.
-                pairs, structure, compiled = run_with(
+                pairs, form, compiled = run_with(
                     self._model,
                     state,
                     lambda: self._forward_mode(self._model, state, tangents, inputs),
@@ -77,23 +83,30 @@ class CompiledModel:
         if not compiled:
             raise NotCompiledError("PyTorch has left the forward-mode pass uncompiled.")
         outputs = [z if dz is None else forward_ad.make_dual(z, dz) for z, dz in pairs]
-        return tree_unflatten(outputs, structure)
+        return tree_unflatten(outputs, form)
 
 
-def uncompiled_if_need_be(method: Method) -> Method:
-    """Makes a call of the step's begin once more without compilation, where a pass has none."""
+def again_if_need_be(method: Method) -> Method:
+    """Makes a call of the step's begin once more, as if it had not been.
+
+    Without compilation, where a pass has none; with the hooks that turned out to belong to it.
+    """
 
     @functools.wraps(method)
     def run(step: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(step, *args, **kwargs)
-        except NotCompiledError as error:
-            step._forward.compiled = None
-            step._lookahead.waiting = None  # whose masks may be compiled code's
-            _logger.warning(
-                "The model runs uncompiled from here on: %s", str(error).strip().splitlines()[0]
-            )
-        return method(step, *args, **kwargs)
+        while True:
+            was_cold = step._learner.was_cold
+            try:
+                return method(step, *args, **kwargs)
+            except HookChangesError:
+                step._learner.was_cold, step._estimator.check.is_first = was_cold, True
+            except NotCompiledError as error:
+                if step._forward.compiled is None:
+                    raise
+                step._forward.compiled = None
+                step._lookahead.waiting = None  # whose masks may be compiled code's
+                reason = str(error).strip().splitlines()[0]
+                _logger.warning("The model runs uncompiled from here on: %s", reason)
 
     return run  # type: ignore[return-value]
 

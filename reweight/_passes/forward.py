@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from reweight.batches import Batch, copied, describe, tensors_of
 from reweight.losses import ExitLosses, exit_cross_entropy, logits_kept
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
+FeatureFunction: TypeAlias = Callable[[Any, Any], Tensor]
 T = TypeVar("T")
 
 
@@ -30,6 +32,7 @@ class ExitForward:
         exits: takes the logits out of what the model returns; None if that is the logits.
         loss: (logits, target) → :class:`ExitLosses`, or the losses alone, [B, K].
         compiled: runs the model compiled, inputs → outputs, in place of all else; None for no.
+        features: inputs and target → what weights may see of each sample; None for nothing more.
     """
 
     def __init__(
@@ -39,11 +42,17 @@ class ExitForward:
         exits: Callable[[Any], Any] | None,
         loss: LossFunction,
         compiled: Callable[[Any], Any] | None = None,
+        features: FeatureFunction | None = None,
     ) -> None:
         check_function("loss", loss, "(outputs, target) → ExitLosses or losses [B, K]")
         check_function("exits", exits, "outputs of the model → logits")
+        check_function("features", features, "(inputs, target) → [B, F]")
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
+        self._features, self._is_plain = features, loss is exit_cross_entropy
         self.compiled = compiled
+        # Of a model whose targets stand elsewhere than its outputs, as a causal one's do.
+        aligns = (vars(module).get("align_target") for module in inner.modules())
+        self._align = next((each for each in aligns if callable(each)), None)
         self._changes_batches: bool | None = None  # in place; not known before the first forward
         self._renormed = [  # whose weights a forward scales in place, to a bounded norm
             module
@@ -122,11 +131,43 @@ class ExitForward:
             for parameter, value in before:
                 parameter.data.copy_(value)
 
+    def with_features(self, losses: ExitLosses, batch: Batch) -> ExitLosses:
+        """The losses, and beside them what the user's function makes of inputs and target.
+
+        A row for each row of the losses; one for each sequence counts for all its tokens.
+
+        Raises:
+            TypeError: the function gives something else than a tensor.
+            ValueError: that has other rows, or, on the CPU, holds a value that is not finite.
+        """
+        if self._features is None:
+            return losses
+        with torch.no_grad():
+            features = self._features(*batch)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"`features` must return a tensor [B, F], got {describe(features)}.")
+        num_rows, target = len(losses.losses), batch[1]
+        rows = features.flatten(0, -2) if features.dim() > 1 else features.new_empty(0)
+        num_targets = len(target) if isinstance(target, Tensor) else num_rows
+        if features.dim() == 2 and len(rows) == num_targets and num_rows % num_targets == 0:
+            rows = rows.repeat_interleave(num_rows // num_targets, 0)
+        if len(rows) != num_rows:
+            raise ValueError(
+                f"`features` must return a row for each sample, [{num_rows}, F], or of a language "
+                f"model [B, F] or [B, T, F], got {list(features.shape)}. Of one number for each "
+                "sample, return values.unsqueeze(1)."
+            )
+        if rows.device.type == "cpu" and not rows.isfinite().all():
+            raise ValueError("`features` must return finite values, got one that is not.")
+        return losses._replace(features=rows.detach())
+
     def _run(
         self, model: nn.Module, batch: Batch, within: AbstractContextManager[Any] | None
     ) -> ExitLosses:
         before = [t._version for t in tensors_of(batch) if not t.is_inference()]
         losses = self._losses(model, *batch, within)
+        if self._loss is exit_cross_entropy:  # where the classes are is known from here on
+            self._loss = partial(exit_cross_entropy, class_dim=-1)
         changes = before != [t._version for t in tensors_of(batch) if not t.is_inference()]
         if changes and self._changes_batches is False:
             raise ValueError(
@@ -158,8 +199,10 @@ class ExitForward:
             if not compiled:
                 outputs = self._outputs(model, inputs)
             logits = outputs if self._exits is None else self._exits(outputs)
-            if self._loss is exit_cross_entropy:  # which needs no help, and would be slower
+            if self._is_plain:  # which needs no help, and would be slower
                 context.close()
+            if self._align is not None:
+                target = self._align(inputs, target)
             result = self._loss(logits, target)
         exit_losses = ExitLosses(result) if isinstance(result, Tensor) else result
         if not isinstance(exit_losses, ExitLosses):
@@ -167,17 +210,39 @@ class ExitForward:
                 "`loss` must return ExitLosses or a tensor of losses [samples, exits], got "
                 f"{type(result).__name__}."
             )
-        if exit_losses.confidence is not None:
-            exit_losses = exit_losses._replace(confidence=exit_losses.confidence.detach())
+        for name in ("confidence", "features"):
+            beside = getattr(exit_losses, name)
+            if beside is not None:
+                exit_losses = exit_losses._replace(**{name: beside.detach()})
         if exit_losses.losses.dim() != 2 or exit_losses.losses.numel() == 0:
             raise ValueError(
                 "`loss` must return losses of shape [samples, exits], one row for each sample, got "
                 f"{list(exit_losses.losses.shape)}. Do not average over the samples."
             )
-        if exit_losses.valid is None:
+        _check_fields(exit_losses)
+        counted = exit_losses.counted
+        if counted is None:
             return exit_losses
-        counted = torch.where(exit_losses.valid.unsqueeze(1), exit_losses.losses, 0)
-        return exit_losses._replace(losses=counted)
+        return exit_losses._replace(losses=torch.where(counted, exit_losses.losses, 0))
+
+
+def _check_fields(losses: ExitLosses) -> None:
+    """Raise ValueError unless what a loss function adds to its losses fits them."""
+    num_samples, num_exits = losses.losses.shape
+    for name, value in (("valid", losses.valid), ("weight", losses.weight)):
+        if value is not None and value.shape not in ((num_samples,), (num_samples, num_exits)):
+            raise ValueError(
+                f"`loss` must return ExitLosses with `{name}` [{num_samples}] or [{num_samples}, "
+                f"{num_exits}], got {list(value.shape)}."
+            )
+    weight, auxiliary = losses.weight, losses.auxiliary
+    if weight is not None and weight.device.type == "cpu" and not (weight >= 0).all():
+        raise ValueError("`loss` must return ExitLosses with `weight` of at least 0, got others.")
+    if auxiliary is not None and auxiliary.dim():
+        raise ValueError(
+            "`loss` must return ExitLosses with `auxiliary` a scalar, got "
+            f"{list(auxiliary.shape)}. Add up its terms, or take their mean."
+        )
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

@@ -102,6 +102,7 @@ class Ladder:
 
     Attributes:
         ways: how the operations without forward rule got their tangents in the last pass, by name.
+        told: the same of all passes.
         needs_graph: whether parameters need a graph: the model takes gradients in its forward.
         recalls: whether passes do what the first forward did, whose values are recalled.
         has_seen_uncompiled: whether it was asked if the model may run compiled.
@@ -111,9 +112,10 @@ class Ladder:
         self.ways: dict[str, Rung] = {}
         self.needs_graph = self.has_seen_uncompiled = False
         self.recalls = True
+        self.has_looked_for_cuts = False  # from the graph: finite differences do, once
         self._rules: set[str] = set()  # forward rules of custom Functions
         self._rungs: dict[Any, Rung] = dict.fromkeys(_NOT_BY_FORWARD_MODE, Rung.BACKWARD)
-        self._told: dict[str, Rung] = {}
+        self.told: dict[str, Rung] = {}
         self._cut: str | None = None  # what later gradients have no tangents through
 
     def run(self, forward: Callable[[], T]) -> T:
@@ -125,9 +127,9 @@ class Ladder:
             except _Restart:
                 continue
             for name, rung in self.ways.items():
-                if self._told.get(name) is not rung:
+                if self.told.get(name) is not rung:
                     _logger.info("No forward mode of %s: exact %s.", name, rung.value)
-            self._told |= self.ways
+            self.told |= self.ways
             return result
         raise NoTangentError("New operations without forward mode come with every pass.")
 

@@ -6,7 +6,7 @@ device, and nothing waits for one.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from reweight._passes.eager import attention_layer
 from reweight._passes.memory import Tokens, memory_of, tensors_in, version_of
 from reweight._passes.recall import UNSEEN, Call, Key, Recall
+from reweight.batches import Batch, tensors_of
 
 ASKS = {
     Tensor.dim,
@@ -116,10 +117,11 @@ class PrimalCache(TorchFunctionMode):
             self._readers[token].append(call)
         return result
 
-    def take(self, tensors: Iterable[Tensor], copies: Iterable[Tensor]) -> None:
-        """Take the copies for the tensors as they are now, whatever becomes of these."""
-        for tensor, copy in zip(tensors, copies, strict=True):
+    def take(self, batch: Batch, copies: Batch) -> Batch:
+        """Take the copies for the batch as it is now, whatever becomes of it, and return them."""
+        for tensor, copy in zip(tensors_of(batch), tensors_of(copies), strict=True):
             self._tokens.give(copy, self._tokens.of_or_new(tensor))
+        return copies
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Take these copies for what they were copied of, by its id, from now on."""

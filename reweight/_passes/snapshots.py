@@ -1,5 +1,6 @@
 """What a pass begins with and may change, to be put back: buffers, random state, gradients."""
 
+import ctypes
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reweight._structure import structure_of
+
 
 class RandomState:
     """The state of the generators that may be drawn from, now.
@@ -19,12 +22,21 @@ class RandomState:
     Args:
         devices: whose global generators are meant, besides the CPU's.
         generators: others.
+        earlier: noted a little while ago; NumPy's is taken from there if nothing was drawn since.
     """
 
     def __init__(
-        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator]
+        self,
+        devices: Iterable[torch.device],
+        generators: Iterable[torch.Generator],
+        earlier: "RandomState | None" = None,
     ) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._python, self._bits = random.getstate(), _numpy_bits()
+        self._numpy: Any = (
+            earlier._numpy
+            if earlier is not None and earlier._is_numpys()
+            else np.random.get_state(legacy=False)
+        )
         self._cpu = torch.get_rng_state()
         self._generators = [(generator, generator.get_state()) for generator in generators]
         self._others = {
@@ -36,66 +48,81 @@ class RandomState:
     def restore(self) -> None:
         """Put the generators back to where they were."""
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if not self._is_numpys():
+            np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for generator, state in self._generators:
             generator.set_state(state)
         for device, state in self._others.items():
             getattr(torch, device.type).set_rng_state(state, device)
 
+    def _is_numpys(self) -> bool:
+        """Whether NumPy is seen to be where it was; a normal number kept back can't be seen."""
+        return bool(self._bits) and not self._numpy["has_gauss"] and self._bits == _numpy_bits()
+
+
+def _numpy_bits() -> bytes:
+    """What NumPy's generator draws from, where its memory is known; reading it takes a hundredth.
+
+    PyTorch's and Python's are read and written quickly; NumPy's way goes number by number.
+    """
+    generator = getattr(np.random, "get_bit_generator", lambda: None)()  # from NumPy 1.24 on
+    if type(generator) is not np.random.MT19937:
+        return b""
+    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a position
+
 
 class Beginning:
     """What a forward begins with and may change, now.
 
-    Those are the buffers, the random state, what modules keep in plain attributes (their
+    Those are the buffers, the random state, what modules keep in attributes (their
     ``torch.Generator`` objects, tensors, containers and whatever else stands there), and with these
     their hooks and submodules: some are set up by the first forward, which notes so in a flag.
 
     Args:
         model: looked at now.
+        earlier: the beginning of something that came before, if any.
 
     Attributes:
         buffers: copies, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._random_state = RandomState((p.device for p in model.parameters()), ())
-        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        values = dict(zip(map(id, model.buffers()), self.buffers.values(), strict=True))
-        self._places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+    def __init__(self, model: nn.Module, earlier: "Beginning | None" = None) -> None:
+        modules, parameters, buffers, places = structure_of(model)
+        devices = {parameter.device for parameter in parameters.values()}
+        drawn = None if earlier is None else earlier._random_state
+        self._random_state: RandomState = RandomState(devices, (), drawn)
+        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        self._places = [
+            (members, key, buffers[name], self.buffers[name])
+            for members, key, _, name in places
+            if name in buffers
+        ]
+        self._attributes = [(held, held.copy()) for held in map(vars, modules)]
+        self._empty: list[Any] = []
         self._contents: list[tuple[Any, Any]] = []
-        self._structure: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        for module in model.modules():
-            self._places += [
-                (module, name, buffer, values[id(buffer)])
-                for name, buffer in module._buffers.items()
-                if buffer is not None
-            ]
-            parts = (vars(module).get(name) for name in _STRUCTURE)
-            self._structure += [(part, part.copy()) for part in parts if part is not None]
-            plain = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-            self._attributes.append((module, plain))
-            self._contents += [
-                (value, contents)
-                for value in plain.values()
-                if (contents := _contents(value)) is not None
-            ]
+        for _, attributes in self._attributes:
+            for name, value in attributes.items():
+                if type(value) in _CONSTANT or name in ("_parameters", "_buffers"):
+                    continue
+                if isinstance(value, _CONTAINERS) and not value:
+                    self._empty.append(value)
+                elif (contents := _contents(value)) is not None:
+                    self._contents.append((value, contents))
 
     def replay(self) -> None:
         """Random state and attributes as they were; the buffers of a pass are copies anyway."""
         self._random_state.restore()
-        for module, plain in self._attributes:
-            held = vars(module)
-            for name in held.keys() - plain.keys() - _OF_EVERY_MODULE:
-                del held[name]
-            held.update(plain)
+        for held, before in self._attributes:
+            if held.keys() != before.keys():
+                for name in held.keys() - before.keys() - _OF_EVERY_MODULE:
+                    del held[name]
+            held.update(before)
+        for value in self._empty:
+            if value:
+                value.clear()
         for value, contents in self._contents:
             _put_back(value, contents)
-        for part, before in self._structure:
-            if part != before:
-                part.clear()
-                part.update(before)
 
     def restore(self) -> None:
         """All of it as it was.
@@ -104,24 +131,21 @@ class Beginning:
         spoils it, even the change back.
         """
         self.replay()
-        for module, name, buffer, value in self._places:
+        for members, key, buffer, value in self._places:
             buffer.data.copy_(value)
-            module._buffers[name] = buffer
+            members[key] = buffer
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
-_STRUCTURE = [
-    name
-    for name in _OF_EVERY_MODULE
-    if name == "_modules" or name.startswith(("_forward_", "_backward_"))
-]
+_CONSTANT = {bool, int, float, str, type(None)}
+_CONTAINERS = (list, dict, set, deque)
 
 
 def _contents(value: Any) -> Any:
     """What an attribute holds that may change in place; None if that is not known to."""
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, list | dict | set | deque):
+    if isinstance(value, _CONTAINERS):
         return value.copy()
     # One with a graph, as of activations kept for later, is not changed but replaced.
     is_state = type(value) is Tensor and not (value.requires_grad or value.is_inference())

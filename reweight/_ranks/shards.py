@@ -15,6 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from reweight._structure import Structure, structure_of
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
@@ -59,8 +61,14 @@ def shard_like(tensor: Any, part: Any) -> Any:
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Those on which ``fully_shard`` was called."""
+    return _sharded(structure_of(model)) if "torch.distributed.fsdp" in sys.modules else []
+
+
+def _sharded(structure: Structure) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
-    return [m for m in model.modules() if loaded is not None and isinstance(m, loaded.FSDPModule)]
+    if loaded is None:
+        return []
+    return [module for module in structure.modules if isinstance(module, loaded.FSDPModule)]
 
 
 @contextmanager
@@ -86,8 +94,9 @@ def _let_go(model: nn.Module) -> None:
 
 def require_reduced(model: nn.Module) -> None:
     """Raise ValueError if a backward would not leave all gradients, of all ranks, in ``.grad``."""
-    reduced = all(group.reduce_grads for group in _groups(model))
-    for parameter in _state_of_parameters(model):
+    groups = list(_groups(model))
+    reduced = all(group.reduce_grads for group in groups)
+    for parameter in (parameter for group in groups for parameter in group.fsdp_params):
         gathered = getattr(parameter, "_unsharded_param", None)
         waits = gathered is not None and gathered.grad is not None
         reduced = reduced and not waits and parameter.unsharded_accumulated_grad is None
@@ -113,9 +122,11 @@ def _state_of_parameters(model: nn.Module) -> list[Any]:
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """All of them by name, as the optimizer holds them: what was gathered is let go of."""
-    for module in sharded_modules(model):
+    structure = structure_of(model)
+    gathered = _sharded(structure)
+    for module in gathered:
         module.reshard()
-    return dict(model.named_parameters())
+    return structure_of(model).parameters if gathered else structure.parameters
 
 
 @contextmanager

@@ -2,79 +2,27 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import TrainerCallback
 
 from reweight._checks import kind
 from reweight.batches import describe
+from reweight.integrations.hidden_states import IGNORED, HiddenStateExits, LabelShift
+from reweight.integrations.meta_batches import check_meta, meta_batches
 from reweight.losses import ExitLosses, exit_cross_entropy
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
 
-
-class HiddenStateExits(nn.Module):
-    """Exits at chosen layers of a transformers model, from its hidden states.
-
-    Args:
-        backbone: called with ``output_hidden_states=True``; its ``hidden_states[0]`` are the
-            embeddings.
-        layers: of which hidden states the exits are, from the first exit to the last.
-        heads: one module for each exit, or a single one that all share. Default None: the hidden
-            states themselves are returned, for ``linear_exit_cross_entropy`` with the head of a
-            language model.
-        pooled: heads take the mean of the states over the tokens that ``attention_mask`` keeps,
-            [B, H], as a classifier does, and not every token's, [B, T, H].
-
-    Raises:
-        ValueError: there is no layer, or not one head for each.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        layers: Sequence[int],
-        heads: nn.Module | Sequence[nn.Module] | None = None,
-        pooled: bool = False,
-    ) -> None:
-        super().__init__()
-        if heads is not None and not isinstance(heads, nn.Module):
-            heads = nn.ModuleList(heads)
-        if not layers or (isinstance(heads, nn.ModuleList) and len(heads) != len(layers)):
-            raise ValueError(f"`heads` must be one for each of `layers`, got {len(layers)} layers.")
-        self.backbone, self.layers, self.pooled = backbone, tuple(layers), pooled
-        self.heads = heads
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> list[Tensor]:
-        """What each exit says, [B, C], [B, T, C] or [B, T, H]."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        output = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **inputs
-        )
-        states = [output.hidden_states[layer] for layer in self.layers]
-        if self.pooled:
-            kept = attention_mask.unsqueeze(-1).to(states[0].dtype)
-            states = [(state * kept).sum(1) / kept.sum(1).clamp(min=1) for state in states]
-        if self.heads is None:
-            return states
-        if not isinstance(self.heads, nn.ModuleList):
-            return [self.heads(state) for state in states]
-        return [head(state) for head, state in zip(self.heads, states, strict=True)]
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the Trainer asks of its model is the backbone's."""
-        if name in ("config", "activation_checkpointing_enable", "gradient_checkpointing_enable"):
-            return getattr(self.backbone, name)
-        return super().__getattr__(name)
+__all__ = ["HiddenStateExits", "MetaReweight"]
 
 
 class MetaReweight(TrainerCallback):
@@ -84,21 +32,24 @@ class MetaReweight(TrainerCallback):
     compute_loss_func=reweight.compute_loss)``. The step runs in place of the Trainer's own forward
     and backward, on its batch and the next of ``meta``. The look-ahead knows ``max_grad_norm``,
     what is accumulated, and the scaling by ``num_items_in_batch``. Checkpoints hold the reweighter
-    as ``reweight.pt``. One process; ``reweight.result`` is that of the last step. In evaluation the
-    loss is the plain one, with weights of 1.
+    as ``reweight.pt``. On several processes the step is that of their batches joined.
+    ``reweight.result`` is that of the last step. In evaluation the loss is the plain one, with
+    weights of 1. Labels that repeat ``input_ids``, as those of collators for causal models do, are
+    shifted as transformers does.
 
     Args:
         reweighter: as of ``MetaReweightStep``.
         meta: a loader of batches as the Trainer's, dicts with ``labels``; begun anew at its end.
-            Of language models the labels are the next tokens, shifted already.
+            What it draws by chance follows from the Trainer's seed. Of n processes each takes every
+            n-th batch.
         options: keyword arguments of ``MetaReweightStep``, but ``clip_grad_norm`` and ``scaler``.
 
     Raises:
         TypeError: the reweighter is no module, an option is not one, or ``meta`` yields something
             else.
-        ValueError: there are several processes, label smoothing in the Trainer's arguments, a batch
-            without labels, no meta batch, or no state to resume from; or the Trainer has only one
-            of the two.
+        ValueError: there are several devices in one process, label smoothing in the Trainer's
+            arguments, a batch without labels, no meta batch, or no state to resume from; or the
+            Trainer has only one of the two.
     """
 
     def __init__(
@@ -119,20 +70,28 @@ class MetaReweight(TrainerCallback):
         self.result: StepResult | None = None
         self.num_meta = 0
         self._args: Any = None
+        self._shift, self._is_own_shift = LabelShift(), True  # or the model's, which it sees to
+        self._state: dict[str, Any] | None = None  # of the checkpoint that the step begins with
+        self._outermost: list[nn.Module] = []  # of the modules that the Trainer calls
         self._inputs: dict[str, Any] | None = None  # of the forward that was left out
         self._hidden: tuple[nn.Module, Any] | None = None  # and what the model had on itself
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look how the model takes its labels."""
+        found = LabelShift.of(kwargs["model"])
+        self._shift, self._is_own_shift = found or LabelShift(), found is None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the step, and go on from the checkpoint that the Trainer goes on from."""
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError("The Trainer must run in one process on one device for this callback.")
+        if args.n_gpu > 1:
+            raise ValueError("The Trainer must give each device a process of its own: torchrun.")
         if args.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` must be left out of TrainingArguments, got "
                 f"{args.label_smoothing_factor}. Give the callback "
                 "loss=partial(exit_cross_entropy, label_smoothing=...) in its place."
             )
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model, self._optimizer = kwargs["model"], kwargs["optimizer"]
         labels = [name for name in signature(type(model).forward).parameters if "label" in name]
         if args.eval_strategy != "no" and not (labels or args.label_names):
             raise ValueError(
@@ -140,29 +99,44 @@ class MetaReweight(TrainerCallback):
                 f"{args.label_names}: `forward` names no labels, without which the Trainer "
                 "computes neither eval_loss nor metrics."
             )
-        self.step = MetaReweightStep(
-            model,
-            getattr(optimizer, "optimizer", optimizer),
-            self.reweighter.to(args.device),
-            clip_grad_norm=args.max_grad_norm or None,
-            scaler=getattr(optimizer, "scaler", None),
-            **self.options,
-        )
+        # As the Trainer counts labels.
+        self._shifts_counts = getattr(model, "loss_type", None) == "ForCausalLM"
+        self._state, self.step, self.num_meta = None, None, 0
         if state.global_step:
             path = self._path(args, state)
             if not path.exists():
                 raise ValueError(f"`resume_from_checkpoint` must hold the state {path}, got none.")
-            saved = torch.load(path, weights_only=True)
-            self.step.load_state_dict(saved["step"])
-            self.num_meta = saved["num_meta"]
-        self._args, self._batches = args, self._meta_batches(self.num_meta)
+            self._state = torch.load(path, weights_only=True)
+            self.num_meta = self._state["num_meta"]
+        self._args, self._batches = args, meta_batches(self.meta, args, self.num_meta)
+
+    def _begin(self, model: nn.Module) -> MetaReweightStep:
+        """The step of what the Trainer has wrapped, where it goes on from."""
+        optimizer: Any = self._optimizer
+        step = MetaReweightStep(
+            model,
+            getattr(optimizer, "optimizer", optimizer),
+            self.reweighter.to(self._args.device),
+            clip_grad_norm=self._args.max_grad_norm or None,
+            scaler=getattr(optimizer, "scaler", None),
+            **self.options,
+        )
+        if self._state is not None:
+            step.load_state_dict(self._state["step"])
+        return step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave out the next forward, the Trainer's own; all others are real."""
-        model = kwargs["model"]
+        model, called = kwargs["model"], self._outermost
         self._hidden = model, vars(model).get("forward")  # Accelerate may have put one there
+        watch = None
+        if self.step is None:  # which is of the model as the Trainer calls it, in its wrapper
+            called.clear()
+            watch = register_module_forward_pre_hook(lambda module, _: called.append(module))
 
         def left_out(**inputs: Any) -> None:
+            if watch is not None:
+                watch.remove()
             self._give_back()
             if "labels" in inputs:
                 raise ValueError(
@@ -197,24 +171,46 @@ class MetaReweight(TrainerCallback):
                 )
             got = describe(inputs)
             raise ValueError(f"A batch of the Trainer must have `labels`, got {got}.{remedy}")
-        # The step takes means over its valid labels; the Trainer wants sums over num_items.
-        num = (labels != -100).sum().item()
-        share = 1.0 if num_items_in_batch is None else num / max(float(num_items_in_batch), 1.0)
-        if inputs is None or self.step is None:
-            return share * self._plain_loss(outputs, labels)
+        averages = num_items_in_batch is not None and self._averages()
+        if inputs is None:  # the Trainer adds up what it takes for parts of a mean
+            return self._plain_loss(outputs, labels) / (dist.get_world_size() if averages else 1)
+        share = self._share(labels, num_items_in_batch)
+        if self._is_own_shift:
+            labels = self._shift(inputs, labels)
+        if self.step is None:
+            self.step = self._begin(self._outermost[0])
         meta = next(self._batches)
-        _check_meta(meta, labels)
+        check_meta(meta, labels)
         meta = {name: value.to(self._args.device) for name, value in meta.items()}
+        target = meta.pop("labels")
+        if self._is_own_shift:
+            target = self._shift(meta, target)
         self.num_meta += 1
-        # Without a valid label there is nothing to scale.
-        scale = share or 1.0
-        self.result = self.step.backward((inputs, labels), (meta, meta.pop("labels")), scale=scale)
-        # Of no parameter, so that its backward leaves them alone.
-        return (share * self.result.train_loss).detach().requires_grad_().clone()
+        self.result = self.step.backward((inputs, labels), (meta, target), scale=share)
+        loss = share * self.result.train_loss * (1 if averages else self._args.world_size)
+        return loss.detach().requires_grad_().clone()  # of no parameter: its backward moves none
+
+    def _averages(self) -> bool:
+        """Whether the Trainer takes losses for parts of a mean over the tokens of all ranks."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and getattr(self._args, "average_tokens_across_devices", True)
+
+    def _share(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+        """This batch's share of what the Trainer takes the mean over, in labels of all ranks."""
+        if num_items is None:
+            return 1.0
+        counts = (labels[..., 1:] if self._shifts_counts else labels) != IGNORED
+        sums = torch.stack([counts.sum(), torch.as_tensor(num_items, device=labels.device)])
+        sums = sums.to(torch.float32 if sums.device.type == "mps" else torch.float64)
+        if self._args.world_size > 1:
+            total = sums[1].clone()
+            dist.all_reduce(sums)
+            sums[1] = total if self._averages() else sums[1]  # of all ranks already, or not yet
+        return sums[0] / sums[1].clamp(min=1)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state of the step into the Trainer's checkpoint: aside, then renamed."""
-        if self.step is not None:
+        if self.step is not None and args.should_save:
             path = self._path(args, state)
             saved = {"step": self.step.state_dict(), "num_meta": self.num_meta}
             torch.save(saved, path.with_suffix(".part"))
@@ -235,6 +231,7 @@ class MetaReweight(TrainerCallback):
 
     def _plain_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         exits, loss = self.options.get("exits"), self.options.get("loss", exit_cross_entropy)
+        labels = self._shift(None, labels)
         result = loss(outputs if exits is None else exits(outputs), labels)
         losses = result if isinstance(result, ExitLosses) else ExitLosses(result)
         plain = losses.mean_over_samples(losses.losses).sum()
@@ -249,37 +246,6 @@ class MetaReweight(TrainerCallback):
             )
         return plain
 
-    def _meta_batches(self, start: int) -> Iterator[Any]:
-        while True:
-            batch = None
-            for batch in self.meta:
-                if start > 0:
-                    start -= 1
-                    continue
-                yield batch
-            if batch is None:
-                raise ValueError(
-                    "`meta` must begin anew each time it is gone through, as a DataLoader does, "
-                    "got nothing."
-                )
-
     @staticmethod
     def _path(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "reweight.pt"
-
-
-def _check_meta(batch: Any, labels: Tensor) -> None:
-    """Raise TypeError unless a meta batch is like the Trainer's, with these labels."""
-    wrong = None
-    if not isinstance(batch, Mapping):
-        wrong = describe(batch)
-    elif not all(isinstance(value, Tensor) for value in batch.values()):
-        wrong = ", ".join(f"{name}: {type(value).__name__}" for name, value in batch.items())
-    elif "labels" not in batch or batch["labels"].dim() != labels.dim():
-        wrong = describe(batch)
-    if wrong is not None:
-        raise TypeError(
-            "`meta` must yield batches as the Trainer's, dicts of tensors with `labels` of "
-            f"{labels.dim()} dimensions, got {wrong}. Make a loader of a data set, "
-            "DataLoader(meta_set, batch_size=8), with the Trainer's collator if it has one."
-        )

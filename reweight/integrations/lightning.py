@@ -1,12 +1,15 @@
 """A Lightning callback that trains with :class:`reweight.MetaReweightStep`."""
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from reweight._checks import kind
+from reweight._checks import check_function, kind
+from reweight._passes.forward import call
 from reweight.batches import describe
 from reweight.result import StepResult
 from reweight.reweighter import SampleReweighter
@@ -30,6 +33,9 @@ class MetaReweight(Callback):
     Args:
         reweighter: as of ``MetaReweightStep``; made after ``seed_everything``, it is the same on
             all ranks.
+        count: target → how many samples or tokens of it count. With it, batches that the Trainer
+            accumulates make a mean over all of these, and the gradient is at any time the mean of
+            those so far. Default None: the mean of the batches' means, as Lightning takes it.
         options: keyword arguments of ``MetaReweightStep``, but for those that the Trainer knows:
             ``clip_grad_norm`` and ``scaler``.
 
@@ -44,7 +50,14 @@ class MetaReweight(Callback):
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, reweighter: SampleReweighter, **options: Any) -> None:
+    def __init__(
+        self,
+        reweighter: SampleReweighter,
+        *,
+        count: Callable[[Any], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        check_function("count", count, "target → number of samples that count")
         if not isinstance(reweighter, nn.Module):
             raise TypeError(
                 "`reweighter` must be a module such as SampleReweighter(num_exits=3), got "
@@ -54,10 +67,11 @@ class MetaReweight(Callback):
             if name in options:
                 raise TypeError(f"`{name}` must be left to the Trainer, got one in `options`.")
         signature(MetaReweightStep).bind(None, None, reweighter, **options)  # or raises TypeError
-        self.reweighter, self.options = reweighter, options
+        self.reweighter, self.count, self.options = reweighter, count, options
         self.step: MetaReweightStep | None = None
         self._loaded: dict[str, Any] | None = None
         self._result: StepResult | None = None
+        self._num_accumulated: Tensor | float = 0  # samples whose mean gradient is in `.grad`
         self._hidden: dict[str, Any] = {}  # what the module had on itself, by the methods' names
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,6 +99,12 @@ class MetaReweight(Callback):
 
         def training_step(batch: Any, batch_idx: int) -> Tensor:
             train, meta = batch if _is_pair(batch) and all(map(_is_pair, batch)) else (batch, None)
+            if getattr(trainer.fit_loop, "_skip_backward", False):
+                # Weight averaging looks once at all batches, for the statistics of BatchNorm.
+                self._result = None
+                with torch.no_grad():
+                    call(pl_module, train[0])
+                return next(pl_module.parameters()).new_zeros(())
             if meta is None and not (step.lagged and trainer.accumulate_grad_batches == 1):
                 raise ValueError(
                     "A batch must be a pair (train, meta), each (inputs, target), got "
@@ -96,7 +116,7 @@ class MetaReweight(Callback):
 
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             with trainer.precision_plugin.train_step_context():
-                result = step.backward(**current, scale=1 / trainer.accumulate_grad_batches)
+                result = step.backward(**current, scale=self._scale(trainer, current["train"][1]))
             current.clear()
             self._result = result
 
@@ -104,6 +124,10 @@ class MetaReweight(Callback):
         self._hidden = {name: vars(pl_module).get(name) for name in ("training_step", "backward")}
         pl_module.training_step = training_step  # type: ignore[method-assign]
         pl_module.backward = backward  # type: ignore[method-assign]
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        """Begin to accumulate anew."""
+        self._num_accumulated = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -127,6 +151,19 @@ class MetaReweight(Callback):
     ) -> None:
         """Give back the module's own methods."""
         self.on_train_end(trainer, pl_module)
+
+    def _scale(self, trainer: Trainer, target: Any) -> Tensor | float:
+        """The factor of this batch's mean gradient, after making room for it in ``.grad``."""
+        if self.count is None or self.step is None:
+            return 1 / trainer.accumulate_grad_batches
+        num = trainer.strategy.reduce(torch.as_tensor(self.count(target)), reduce_op="sum")
+        num = num.to(torch.float32 if num.device.type == "mps" else torch.float64)
+        total = (self._num_accumulated + num).clamp(min=1)
+        for parameter in self.step.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self._num_accumulated / total)
+        self._num_accumulated = total
+        return num / total
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the step, for the Trainer's checkpoint."""

@@ -29,6 +29,7 @@ def test_implementations_say_what_they_cannot_do(options, message) -> None:
 
 
 EXITS = [torch.randn(4, 3), torch.randn(4, 3)]
+LARGE = [torch.randn(4, 2**14), torch.randn(4, 2**14)]
 CLASSES, PROBABILITIES = torch.tensor([0, 1, 2, 0]), torch.full((4, 3), 1 / 3)
 WEIGHT = torch.ones(3)
 
@@ -36,9 +37,11 @@ WEIGHT = torch.ones(3)
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("auto", EXITS, CLASSES, 0.0, None), "torch"),
-        (("auto", EXITS, CLASSES, 0.1, None), "torch"),
-        (("auto", EXITS, CLASSES, 0.0, WEIGHT), "torch"),
+        (("auto", LARGE, CLASSES, 0.0, None), "torch"),
+        (("auto", LARGE, CLASSES, 0.1, None), "torch"),
+        (("auto", LARGE, CLASSES, 0.0, torch.ones(2**14)), "torch"),
+        (("auto", EXITS, CLASSES, 0.0, None), "reference"),  # calls cost more than what they do
+        (("auto", [*EXITS, torch.randn(4, 5)], CLASSES, 0.0, None), "torch"),
         (("torch", EXITS, CLASSES, 0.1, None), "torch"),
         (("reference", EXITS, CLASSES, 0.0, None), "reference"),
         # What the kernels do not compute.
@@ -63,9 +66,9 @@ def test_who_looks_on_gets_plain_operations() -> None:
         make_fx(look),
         make_fx(look, tracing_mode="fake"),
     ):
-        run(EXITS[0])
+        run(LARGE[0])
     assert seen == ["reference"] * 3
-    look(EXITS[0])
+    look(LARGE[0])
     assert seen[-1] == "torch"
 
 

@@ -41,7 +41,7 @@ def learn(learner: ReweighterLearner, losses: Tensor, value: Tensor, meta_loss: 
     """One update from this ∂L_meta/∂w."""
     exit_losses = ExitLosses(losses)
     meta = MetaLoss(torch.tensor(meta_loss).double(), torch.tensor([0.4, 0.6]))
-    weights = learner.weights(exit_losses)
+    weights = learner.ahead(exit_losses)
     return learner.learn(exit_losses, weights, Hypergradient(value, meta, 0))
 
 

@@ -72,12 +72,13 @@ def test_the_seed_draws_the_rows() -> None:
     lookahead = make(train_fraction=0.5)
     first, meta = first_forward(lookahead), make_batch("mlp", seed=2)
     weights = torch.ones(7, 3, dtype=torch.float64)
-    rows = [lookahead.problem(first, meta, weights, seed).rows for seed in (1, 1, 2, 3)]
+    after = Beginning(lookahead.model)
+    rows = [lookahead.problem(first, after, meta, weights, seed).rows for seed in (1, 1, 2, 3)]
     assert all(len(each) == len(set(each.tolist())) == 4 for each in rows)
     assert torch.equal(rows[0], rows[1])
     assert any(not torch.equal(rows[0], each) for each in rows[2:])
-    assert lookahead.problem(first, meta, weights, 64).rows is None  # to check them all
-    assert make().problem(first, meta, weights, 1).rows is None
+    assert lookahead.problem(first, after, meta, weights, 64).rows is None  # to check them all
+    assert make().problem(first, after, meta, weights, 1).rows is None
 
 
 def test_a_step_that_waits_is_the_one_that_is_taken_whatever_comes_after() -> None:

@@ -24,12 +24,14 @@ def make(name: str = "conv_batch_norm", rows=None, grad_scale=None) -> MetaProbl
     moved = dict(model.named_parameters())
     beginning, cache = Beginning(model), PrimalCache()
     losses = forward(*batch, beginning=beginning, within=cache)
-    shares = torch.full((6, 1), 1 / 6, dtype=torch.float64)
+    after, shares = Beginning(model), torch.full((6, 1), 1 / 6, dtype=torch.float64)
     first = FirstForward(batch, beginning, losses, cache, moved, {}, shares, keep_graph=True)
     weights = torch.rand(6, 3, dtype=torch.float64) + 0.5
     update = partial(pseudo_update, (optimizer,), moved)
     meta, objective = make_batch(name, 5, seed=2), MeanObjective()
-    return MetaProblem(forward, model, objective, first, rows, meta, weights, update, grad_scale)
+    return MetaProblem(
+        forward, model, objective, first, after, rows, meta, weights, update, grad_scale
+    )
 
 
 def test_train_gradients_are_those_of_the_weighted_losses() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reweight._passes.differences import DifferenceWatch, working_precision
+from reweight._passes.differences import DifferenceWatch, differ, working_precision
 from reweight._passes.ladder import Ladder
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16)}
@@ -12,6 +12,13 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32,
 def no_grad(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return x * 2
+
+
+def constant(x: torch.Tensor) -> torch.Tensor:
+    """As rotary embeddings are computed."""
+    with torch.no_grad():
+        angles = torch.arange(len(x)).to(x)
+    return x * angles.sin()
 
 
 @pytest.mark.parametrize(
@@ -23,12 +30,18 @@ def no_grad(x: torch.Tensor) -> torch.Tensor:
         (lambda x: (x * 1).detach_(), True),
         (lambda x: x.data * 2, True),
         (no_grad, True),
+        (constant, False),
     ],
 )
-def test_cuts_from_the_graph_are_noticed(function, cuts: bool) -> None:
-    with DifferenceWatch(Ladder()) as watch:
-        function(torch.ones(2, requires_grad=True))
-    assert watch.cuts == cuts
+def test_cuts_from_the_graph_that_move_are_noticed(function, cuts: bool) -> None:
+    found = []
+    for x in (torch.ones(2), torch.ones(2) + 1e-5):
+        with DifferenceWatch(Ladder()) as watch:
+            function(x.requires_grad_())
+        found.append(watch.cuts)
+    assert differ(*found) == cuts
+    assert not differ(found[0], found[0])
+    assert differ(found[0], [*found[0], torch.ones(())]), "another number of cuts"
 
 
 def test_the_coarsest_number_on_the_way_is_noticed() -> None:

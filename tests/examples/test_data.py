@@ -432,3 +432,11 @@ def test_whole_batches_are_taken_by_index() -> None:
     assert [images.shape for images, _ in batches] == [(n, 1, 8, 8) for n in (40, 40, 20)]
     labels: Tensor = torch.cat([labels for _, labels in batches])
     assert torch.equal(labels.sort().values, train.tensors[1].sort().values)
+
+
+def test_neighbours_are_the_next_class() -> None:
+    clean, noisy = load_data("digits"), load_data("digits", label_noise=0.4, neighbours=True)
+    before, after = clean.train.tensors[1], noisy.train.tensors[1]
+    offset = (after - before) % 10
+    assert set(offset.tolist()) == {0, 1}
+    assert int(offset.sum()) == round(0.4 * len(before))

@@ -1,6 +1,9 @@
 """The Trainer and Accelerate against the same training written as a loop."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -24,7 +27,6 @@ from reweight import (
     MetaReweightStep,
     SampleReweighter,
     exit_cross_entropy,
-    linear_exit_cross_entropy,
 )
 from reweight.integrations.huggingface import HiddenStateExits, MetaReweight
 
@@ -418,46 +420,151 @@ def test_accelerate_needs_no_integration(tmp_path: Path) -> None:
     assert_same(again.reweighter, step.reweighter)
 
 
-class TestHiddenStateExits:
-    def test_an_encoder_pools_what_the_mask_keeps(self) -> None:
+@pytest.mark.skipif(
+    "activation_checkpointing" not in signature(TrainingArguments).parameters,
+    reason="older transformers checkpoint in a way that has no forward mode",
+)
+def test_activations_are_checkpointed_as_the_backbone_does(tmp_path: Path) -> None:
+    trained = []
+    for checkpointing in (False, True):
         torch.manual_seed(0)
-        encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).eval()
-        model = HiddenStateExits(encoder, [1, 2], [nn.Linear(8, 3), nn.Linear(8, 3)], pooled=True)
-        inputs = Tokens(3)[0]
-        num = int(inputs["attention_mask"].sum())
-        found = model(inputs["input_ids"][None], inputs["attention_mask"][None])
-        states = encoder(inputs["input_ids"][None, :num], output_hidden_states=True).hidden_states
-        for k in (1, 2):
-            wanted = model.heads[k - 1](states[k].mean(1))
-            torch.testing.assert_close(found[k - 1], wanted)
+        encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
+        model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
+        settings = {"activation_checkpointing": True} if checkpointing else {}
+        fit(tmp_path, model=model, **settings)
+        flags = [layer.gradient_checkpointing for layer in encoder.encoder.layer]
+        assert flags == [checkpointing] * 2
+        trained.append(model)
+    assert_same(*trained)
 
-    def test_a_decoder_shares_its_head(self) -> None:
-        model = language_model()
-        bare = HiddenStateExits(model.backbone, [1, 2])
-        inputs, labels = pair(next(iter(DataLoader(Tokens(1), BATCH))))
-        found = linear_exit_cross_entropy(
-            bare(**inputs), model.heads.weight, labels, model.heads.bias
-        )
-        wanted = exit_cross_entropy(model(**inputs), labels)
-        torch.testing.assert_close(found.losses, wanted.losses)
 
-    @pytest.mark.skipif(
-        "activation_checkpointing" not in signature(TrainingArguments).parameters,
-        reason="older transformers checkpoint in a way that has no forward mode",
-    )
-    def test_checkpoints_activations_as_its_backbone_does(self, tmp_path: Path) -> None:
-        trained = []
-        for checkpointing in (False, True):
-            torch.manual_seed(0)
-            encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
-            model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
-            settings = {"activation_checkpointing": True} if checkpointing else {}
-            fit(tmp_path, model=model, **settings)
-            flags = [layer.gradient_checkpointing for layer in encoder.encoder.layer]
-            assert flags == [checkpointing] * 2
-            trained.append(model)
-        assert_same(*trained)
+def test_noise_in_the_embeddings_is_replayed(tmp_path: Path) -> None:
+    """NEFTune's hook draws it anew in every forward; a wrong draw shows in the check."""
+    model, used, trainer = fit(tmp_path, neftune_noise_alpha=5.0)
+    assert used.result.backward_difference < 1e-6
+    assert not model.get_input_embeddings()._forward_hooks
+    assert trainer.neftune_noise_alpha == 5.0
 
-    def test_heads_are_as_many_as_layers(self) -> None:
-        with pytest.raises(ValueError, match="one for each of `layers`"):
-            HiddenStateExits(nn.Identity(), [1, 2], [nn.Linear(8, 3)])
+
+class Repeated(Tokens):
+    """Labels as transformers' collators for causal models give them."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        labels = self.tokens[i].masked_fill(self.mask[i] == 0, -100)
+        return {"input_ids": self.tokens[i], "attention_mask": self.mask[i], "labels": labels}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["HiddenStateExits", "a model of one's own"])
+def test_labels_that_repeat_the_tokens_are_shifted(tmp_path: Path, wrapped: bool) -> None:
+    """Trained and evaluated as with labels that are the next tokens."""
+
+    def trained(data) -> tuple[nn.Module, float]:
+        torch.manual_seed(0)
+        model = Own() if wrapped else language_model()
+        meta = DataLoader(data(2), BATCH)
+        given = {"train_dataset": data(1), "eval_dataset": data(3)}
+        _, _, trainer = fit(tmp_path, model=model, meta=meta, of_trainer=given, **EVALUATED)
+        return model, trainer.evaluate()["eval_loss"]
+
+    (model, loss), (wanted, other) = trained(Repeated), trained(Tokens)
+    assert_same(model, wanted)
+    assert loss == pytest.approx(other, rel=1e-6)
+
+
+class Own(nn.Module):
+    """Takes no part in what HiddenStateExits does with labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8).double(), nn.Linear(8, 20).double()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        embedded = self.embedding(input_ids)
+        return [self.head(embedded), self.head(embedded.tanh())]
+
+
+def test_resumes_bitwise_with_meta_batches_in_random_order(tmp_path: Path) -> None:
+    """Of which there are fewer than steps: the second order is another than the first."""
+
+    def trained(resume=None):
+        meta = DataLoader(Tokens(2, 3 * BATCH), BATCH, shuffle=True)
+        torch.manual_seed(len(resume or ""))  # what is drawn before must not matter
+        options = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
+        return fit(tmp_path, resume=resume, model=language_model(), meta=meta, **options)
+
+    whole, used, _ = trained()
+    resumed, again, _ = trained(str(tmp_path / "checkpoint-2"))
+    for name, found in resumed.state_dict().items():
+        assert torch.equal(found, whole.state_dict()[name]), name
+    for name, found in again.reweighter.state_dict().items():
+        assert torch.equal(found, used.reweighter.state_dict()[name]), name
+
+
+RANKS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {folder!r})
+import torch, test_huggingface as t
+torch.set_num_threads(1)
+from pathlib import Path
+t.{function}(Path(sys.argv[1]))
+"""
+
+
+def on_two_ranks(function: str, path: Path) -> None:
+    script = path / "ranks.py"
+    script.write_text(RANKS.format(folder=str(Path(__file__).parent), function=function))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(path)],
+        check=False, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-3000:]
+
+
+def train_on_a_rank(path: Path) -> None:
+    """Half of each batch, two of them accumulated."""
+    model, used, trainer = fit(path, batch=1, accumulate=2, ddp_backend="gloo")
+    assert trainer.args.world_size == 2
+    if trainer.args.process_index == 0:
+        torch.save([model.state_dict(), used.step.state_dict()], path / "trained.pt")
+        history = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+        torch.save(history, path / "losses.pt")
+
+
+def test_two_processes_are_one_on_their_joined_batches(tmp_path: Path) -> None:
+    """To 1e-10 in float64: the sums are in another order."""
+    on_two_ranks("train_on_a_rank", tmp_path)
+    found, state = torch.load(tmp_path / "trained.pt", weights_only=True)
+    model, used, _ = fit(tmp_path / "one", batch=2, accumulate=2)
+    for name, wanted in model.state_dict().items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-10, msg=name)
+    for name, wanted in used.reweighter.state_dict().items():
+        torch.testing.assert_close(state["reweighter"][name], wanted, rtol=0, atol=1e-10)
+
+
+def accelerate_on_a_rank(path: Path) -> None:
+    """Prepared by Accelerate for two ranks, each with half of every batch."""
+    accelerator = Accelerator(cpu=True)
+    model = language_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loaders = [DataLoader(Tokens(seed), BATCH // accelerator.num_processes) for seed in (1, 2)]
+    model, optimizer, train, meta = accelerator.prepare(model, optimizer, *loaders)
+    step = MetaReweightStep(model, optimizer.optimizer, reweighter())
+    for batch, other in zip(train, meta, strict=True):
+        optimizer.zero_grad()
+        step.backward(pair(batch), pair(other))
+        optimizer.step()
+    if accelerator.is_main_process:
+        torch.save(accelerator.unwrap_model(model).state_dict(), path / "accelerated.pt")
+    accelerator.end_training()
+
+
+def test_accelerate_on_two_processes(tmp_path: Path) -> None:
+    """To 1e-10 in float64, one process on the joined batches."""
+    on_two_ranks("accelerate_on_a_rank", tmp_path)
+    found = torch.load(tmp_path / "accelerated.pt", weights_only=True)
+    accelerate_on_a_rank(tmp_path)
+    for name, wanted in torch.load(tmp_path / "accelerated.pt", weights_only=True).items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-10, msg=name)

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -84,12 +88,14 @@ def fit(
         callbacks=list(callbacks),
         **QUIET | options,
     )
-    trainer.fit(module, train or loader(num_batches), ckpt_path=path, weights_only=True)
+    trainer.fit(
+        module, loader(num_batches) if train is None else train, ckpt_path=path, weights_only=True
+    )
     return trainer
 
 
 def by_hand(
-    *, accumulate: int = 1, autocast=None, scaler=None, max_norm=None
+    *, accumulate: int = 1, autocast=None, scaler=None, max_norm=None, after_step=None
 ) -> tuple[Exits, MetaReweightStep]:
     """The loop that the Trainer stands for."""
     module = Exits()
@@ -116,6 +122,8 @@ def by_hand(
                 scaler.step(optimizer)
                 scaler.update()
             schedule["scheduler"].step()
+            if after_step is not None:
+                after_step(module)
     return module, step
 
 
@@ -172,6 +180,137 @@ def test_resumes_bitwise(tmp_path: Path) -> None:
     assert len(resumed.losses) == NUM_STEPS - 1
     assert_bitwise(resumed, whole)
     assert_bitwise(again.reweighter, used.reweighter)
+
+
+class ByHand(Exits):
+    """Calls a step of its own, whose state goes into the module's checkpoint."""
+
+    saved = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        [optimizer], _ = super().configure_optimizers()
+        torch.manual_seed(1)
+        self.step = MetaReweightStep(self, optimizer, SampleReweighter(num_exits=2))
+        if self.saved is not None:
+            self.step.load_state_dict(self.saved)
+        return optimizer
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        result = self.step.backward(*batch)
+        optimizer.step()
+        return result.train_loss
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["reweight"] = self.step.state_dict()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.saved = checkpoint["reweight"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:`training_step` returned")
+def test_a_step_made_by_hand_resumes_bitwise(tmp_path: Path) -> None:
+    whole, resumed = ByHand(), ByHand()
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(whole, saving, num_batches=1, enable_checkpointing=True)
+    saving, path = ModelCheckpoint(dirpath=tmp_path), tmp_path / "epoch=0.ckpt"
+    fit(resumed, saving, num_batches=1, path=path, enable_checkpointing=True)
+    assert resumed.step.state_dict()["num_calls"] == NUM_STEPS
+    assert len(resumed.losses) == NUM_STEPS - 1
+    assert_bitwise(resumed, whole)
+    assert_bitwise(resumed.step.reweighter, whole.step.reweighter)
+
+
+class Normalized(Exits):
+    """Its first statistics are of the inputs alone, so that they are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.insert(0, nn.BatchNorm1d(6))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TestWeightAveraging:
+    @pytest.mark.parametrize("lagged", [False, True])
+    def test_the_last_epoch_takes_the_statistics_of_the_train_data(self, lagged: bool) -> None:
+        """A cumulative mean over the batches, in float32."""
+        module, used = Normalized(), callback(lagged=lagged)
+        averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+        train = loader().iterables[0] if lagged else loader()
+        fit(module, used, averaging, max_steps=-1, max_epochs=2, train=train)
+        batches = [inputs for inputs, _ in loader().iterables[0]]
+        norm = module.body[0]
+        wanted = torch.stack([inputs.mean(0) for inputs in batches]).mean(0)
+        torch.testing.assert_close(norm.running_mean, wanted)
+        wanted = torch.stack([inputs.var(0) for inputs in batches]).mean(0)
+        torch.testing.assert_close(norm.running_var, wanted)
+        assert norm.num_batches_tracked == NUM_STEPS
+        assert used.step.state_dict()["num_calls"] == 2 * NUM_STEPS, "it trains in these no more"
+
+    def test_an_exponential_mean_is_that_of_the_loop(self) -> None:
+        """Of parameters and buffers, to rounding: both take the mean in float32."""
+        module = Exits()
+        fit(module, callback(), EMAWeightAveraging(decay=0.5))
+        states: list[dict[str, Tensor]] = []
+        by_hand(after_step=lambda module: states.append(_copy_of(module)))
+        for name, found in module.state_dict().items():
+            if not found.is_floating_point():
+                continue
+            wanted = states[0][name]
+            for state in states[1:]:
+                wanted = torch.lerp(wanted, state[name], 0.5)
+            torch.testing.assert_close(found, wanted, msg=name)
+
+
+def _copy_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Unequal(Exits):
+    """Tokens that count are few in one batch and many in the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[1] = nn.Identity()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def ragged(*counts: int) -> list[tuple[Tensor, Tensor]]:
+    batches = []
+    for seed, count in enumerate(counts):
+        inputs, target = samples(seed, BATCH).tensors
+        batches.append((inputs, target.where(torch.arange(BATCH) < count, -100)))
+    return batches
+
+
+def test_a_mean_over_all_tokens_that_are_accumulated() -> None:
+    """With weights of 1, to rounding, that of both batches in one; in float32."""
+    batches = ragged(1, 8, 3, 0)
+    options = {"form": "tanh", "average_over": "samples", "strength": 0.0}
+    used = MetaReweight(
+        SampleReweighter(num_exits=2, **options), count=lambda target: (target != -100).sum()
+    )
+    module, wanted = Unequal(), Unequal()
+    train = DataLoader(list(zip(batches, batches, strict=True)), batch_size=None)
+    fit(module, used, max_steps=2, accumulate_grad_batches=2, train=train)
+    optimizer = wanted.configure_optimizers()
+    for first in (0, 2):
+        inputs, target = (torch.cat(each) for each in zip(*batches[first : first + 2], strict=True))
+        losses = exit_cross_entropy(wanted(inputs), target)
+        optimizer.zero_grad()
+        losses.mean_over_samples(losses.losses).sum().backward()
+        optimizer.step()
+    for name, found in module.state_dict().items():
+        torch.testing.assert_close(found, wanted.state_dict()[name], msg=name)
 
 
 def test_scalars_are_logged_and_the_loss_is_known() -> None:

@@ -1,0 +1,114 @@
+"""What a model consists of, asked for once and kept until it changes."""
+
+import weakref
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Place(NamedTuple):
+    """Where a module holds a tensor.
+
+    Attributes:
+        members: ``_parameters`` or ``_buffers`` of the module.
+        key: what the tensor is called there.
+        path: the name of this place in the model.
+        name: the first name that the tensor goes by: the path of its first place.
+    """
+
+    members: dict[str, Tensor | None]
+    key: str
+    path: str
+    name: str
+
+
+class Structure(NamedTuple):
+    """A model as it is now.
+
+    Attributes:
+        modules: all of them, each once.
+        parameters: by name, each once.
+        buffers: likewise.
+        places: where these are; a tensor of several names has several.
+    """
+
+    modules: list[nn.Module]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    places: list[Place]
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """What was found the last time, if every module still has the same members by the same names.
+
+    That takes one look at each; to collect them anew, several times as long.
+    """
+    kept = _KEPT.get(model)
+    modules = None if kept is None else kept.modules()
+    if kept is None or modules is None:
+        kept, modules = _Kept(model), list(model.modules())
+        _KEPT[model] = kept
+    return kept.structure(modules)
+
+
+class _Kept:
+    """A structure that keeps nothing alive, or no model that is known here would ever be freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(model.named_modules())
+        modules = [module for _, module in named]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._names, members = _members(modules)
+        self._members = [_nothing if each is None else weakref.ref(each) for each in members]
+        self._places: list[tuple[int, str, str, str, str]] = []
+        first: dict[int, str] = {}
+        for i, (prefix, module) in enumerate(named):
+            for kind in ("_parameters", "_buffers"):
+                for key, tensor in getattr(module, kind).items():
+                    if tensor is not None:
+                        path = f"{prefix}.{key}" if prefix else key
+                        name = first.setdefault(id(tensor), path)
+                        self._places.append((i, kind, key, path, name))
+
+    def modules(self) -> list[nn.Module] | None:
+        """Them, or None if the model is another now."""
+        modules: list[Any] = [reference() for reference in self._modules]
+        if not all(isinstance(module, nn.Module) for module in modules):
+            return None
+        names, members = _members(modules)
+        known = [reference() for reference in self._members]
+        # What is gone and what was None from the beginning look alike, but for the reference.
+        gone = (k is None and r is not _nothing for k, r in zip(known, self._members, strict=True))
+        if names != self._names or not all(map(is_, members, known)) or any(gone):
+            return None
+        return modules
+
+    def structure(self, modules: list[nn.Module]) -> Structure:
+        """What these modules hold."""
+        places = []
+        found: dict[str, dict[str, Any]] = {"_parameters": {}, "_buffers": {}}
+        for i, kind, key, path, name in self._places:
+            members = getattr(modules[i], kind)
+            places.append(Place(members, key, path, name))
+            found[kind][name] = members[key]
+        return Structure(modules, found["_parameters"], found["_buffers"], places)
+
+
+def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:
+    """What modules hold themselves, the parts of each one after the other."""
+    names: list[str] = []
+    members: list[Any] = []
+    for module in modules:
+        for part in (module._modules, module._parameters, module._buffers):
+            if part:
+                names += part.keys()
+                members += part.values()
+    return names, members
+
+
+def _nothing() -> None:
+    """In the place of a reference to None, to which there is none."""
+
+
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
