@@ -1,8 +1,7 @@
 """Cross-entropy of all exits in one Triton launch for each mode; no autograd here.
 
 With S the bytes of all logits, the forward pass reads S, the backward pass reads S and writes S,
-and the forward-mode pass reads 2·S: the least there is, since the losses must be known before the
-gradient. All else is O(K·N); an ignored row is not read again by the latter two.
+forward mode reads 2·S: the least there is. All else is O(K·N); the latter two read no ignored row.
 
 Statistics are float32 whatever the dtype of the logits, and what is rounded is rounded once. A
 target out of range gives a NaN loss: looking from the host would wait for the device.

@@ -130,32 +130,57 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """P·v with P = softmax(s·q·kᵀ), whose tangent is its backward: it is symmetric too."""
-    tensors = (query, key, value)
-    (q, dq), (k, dk), (v, dv) = map(unpack, tensors)
-    device = query.device.type
-    special = attn_mask is not None or dropout_p or enable_gqa or torch.is_autocast_enabled(device)
-    special = special or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-    if special or dq is None or dk is None or dv is None:
+    """P·v with P = softmax(s·q·kᵀ + mask), whose tangent is its backward: it is symmetric too.
+
+    Its value stays that of the fused kernel, whose dropout draws in a way of its own: with dropout
+    all is left to plain operations.
+    """
+    (q, dq), (k, dk), (v, dv) = map(unpack, (query, key, value))
+    plain = not dropout_p and not torch.is_autocast_enabled(query.device.type)
+    if attn_mask is not None:
+        plain = plain and not attn_mask.requires_grad and unpack(attn_mask)[1] is None
+    if not plain or dq is None or dk is None or dv is None:
         with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
             return F.scaled_dot_product_attention(
-                *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                *(query, key, value, attn_mask, dropout_p, is_causal),
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
     mixed = known.value
     if mixed is None:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+            mixed = F.scaled_dot_product_attention(
+                *(q, k, v, attn_mask), is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    if enable_gqa:  # several heads of queries share one of keys and values
+        k, dk, v, dv = (
+            each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, dk, v, dv)
+        )
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, dq, k, dk, v, dv = (
-        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, dq, k, dk, v, dv)
+        each.expand(*batch, *each.shape[-2:]).reshape(-1, *each.shape[-2:])
+        for each in (q, dq, k, dk, v, dv)
     )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     zero = q.new_zeros(())
     scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores.masked_fill_(later, -torch.inf)
-    shares = scores.softmax(-1)
+    shares = _shares(scores.view(*batch, *scores.shape[-2:]), attn_mask).view_as(scores)
     slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
     change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
     tangent = (change @ v).baddbmm_(shares, dv)
-    return fitting(mixed, tangent.view_as(mixed))
+    return fitting(mixed, tangent.view(mixed.shape))
+
+
+def _shares(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of what the mask lets through; a query that may look nowhere takes of nothing."""
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores = scores.add_(mask)
+    nowhere = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill_(nowhere, 0)

@@ -27,6 +27,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
+MASK = torch.ones(2, 1, 4, 5, dtype=torch.bool).tril(1)
+MASK[1, 0, 2] = False  # which may look nowhere
+BIAS = torch.linspace(-2, 2, 15).view(3, 1, 5)
 IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 4, 6)
 RULES = {
     "linear": (F.linear, [(2, 3, 4), (5, 4), (5,)]),
@@ -38,6 +41,18 @@ RULES = {
     "layer_norm": (layer_norm, [(2, 3, 4, 6), (4, 6), (4, 6)]),
     "attention": (attention(False), [HEADS, HEADS, HEADS]),
     "causal attention": (attention(True), [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)]),
+    "masked attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK),
+        [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
+    "attention with a bias": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BIAS.to(q.dtype), scale=0.3),
+        [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
+    "grouped queries": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        [(2, 6, 4, 6), (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
     "add": (lambda a, b, c: torch.add(a, b, alpha=2) - c, [HEADS, (4, 6), HEADS]),
     "mul": (lambda a, b, c: a * b * c, [HEADS, (4, 6), (3, 1, 6)]),
     "div": (lambda a, b, c: a / 3 + b / c, [HEADS, HEADS, HEADS]),
