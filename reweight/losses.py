@@ -28,7 +28,7 @@ _LOGITS_KEPT: ContextVar[bool] = ContextVar("logits_kept", default=False)
 
 @contextmanager
 def logits_kept(kept: bool) -> Iterator[None]:
-    """Graphs of ``exit_cross_entropy`` hold logits, for others to find there: see ``primal_cache.py``.
+    """Graphs of ``exit_cross_entropy`` hold logits, for others to find there.
 
     Else they hold exponentials in place of them, which saves the backward a pass over both.
     """

@@ -280,10 +280,7 @@ def test_bad_options_are_named(options, message) -> None:
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("model_name", cases.MODELS)
 def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) -> None:
-    """Gradients, parameters, buffers, reweighter, results, random state.
-
-    But for rounding: values that were kept need not be those of a copy that lies otherwise.
-    """
+    """Bitwise: gradients, parameters, buffers, reweighter, results, random state."""
     train, meta = make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
     ends = []
     for lean in (False, True):
@@ -299,7 +296,7 @@ def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) ->
             t for r in results for t in (r.losses.losses, r.weights, r.train_loss, r.meta_loss)
         ]
         ends.append([*gradients, *kept, *found, torch.get_rng_state()])
-    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+    assert_same(*ends)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it

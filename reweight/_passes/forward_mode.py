@@ -21,13 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from reweight._passes.custom_functions import applied_by
 from reweight._passes.eager import attention_layer
-from reweight._passes.fast_rules import BY_OUTPUT, BY_TANGENT, FAST_RULES
+from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN
 from reweight._passes.ladder import GRADIENTS, Ladder
-from reweight._passes.memory import is_plain, tensors_in
-from reweight._passes.norm_rules import Known
+from reweight._passes.memory import is_plain, memory_of, tensors_in
 from reweight._passes.operations import have_tangents
-from reweight._passes.primal_cache import ASKS, PrimalCache, argument
-from reweight._passes.recall import Call, Departure
+from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache
 from reweight._passes.tangent_rules import RULES
 
 
@@ -49,7 +47,7 @@ class _ForwardMode(TangentsWithGradients):
 
     def __init__(self, cache: PrimalCache, ladder: Ladder) -> None:
         super().__init__()
-        self._recall, self._ladder = cache.again(BY_TANGENT, BY_OUTPUT), ladder
+        self._recall, self._ladder = cache.again(), ladder
         self._handlers: dict[Any, Callable[..., Any]] = {
             **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},
             **{func: partial(ladder.gradient, func) for func in GRADIENTS},
@@ -63,66 +61,46 @@ class _ForwardMode(TangentsWithGradients):
         """Runs the function, by its rule if it has one."""
         kwargs = kwargs or {}
         if func in ASKS or func is F.multi_head_attention_forward:
-            return self._run(func, classes, args, kwargs)[0]
-        tensors = tensors_in(args, kwargs)
+            return self._run(func, classes, args, kwargs, None)
         try:
-            call, lacks = self._recall.find(func, args, kwargs, tensors)
-            result, waits = self._run(func, classes, args, kwargs, call, lacks)
-            if call is not None:
-                self._recall.note(call, tensors, tensors_in(result), waits=waits)
+            call = self._recall.find(func, args, kwargs)
         except Departure:
             self._ladder.give_up_recall()
+        result = self._run(func, classes, args, kwargs, call)
+        if call is not None and type(func) in _OWN_KINDS:
+            self._recall.note(call, tensors_in(result))
         return result
 
-    def _run(
-        self,
-        func: Any,
-        classes: Any,
-        args: Any,
-        kwargs: Any,
-        call: Call | None = None,
-        lacks: bool = False,
-    ) -> tuple[Any, bool]:
-        """What comes of it, and whether its value is left out; not if it lacks that of another."""
+    def _run(self, func: Any, classes: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
         if not torch.is_grad_enabled():
-            if lacks:
-                raise Departure
-            return super().__torch_function__(func, classes, args, kwargs), False
+            return super().__torch_function__(func, classes, args, kwargs)
         try:
+            result = None
             if func in self._handlers:
                 result = self._handlers[func](*args, **kwargs)
-                if result is not None:
-                    return result, False
-            elif func in FAST_RULES and not (call and call.is_view):
+            elif func in FAST_RULES or func in OF_KNOWN:
                 result = self._by_rule(func, args, kwargs, call)
-                if result is not None:
-                    return result, call is not None and call.waits
-            if lacks and not (call and call.is_view):
-                raise Departure
+            if result is not None:
+                return result
             result = func(*args, **kwargs)
-        except Departure:
-            raise
         except Exception as error:
-            if lacks:  # which may lie in memory in another way
-                raise Departure from error
             self._ladder.descend(func, args, kwargs, error)
         if type(func) not in _OWN_KINDS:
             self._ladder.require_tangents(func, args, kwargs, result)
-        return result, False
+        return result
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
         tensors = tensors_in(args, kwargs)
-        if not all(map(_is_constant, tensors)):
+        if not (all(map(_is_constant, tensors)) and have_tangents(tensors)):
             return None
-        value = None if call is None else self._recall.value(call)
-        if not have_tangents(tensors):
-            return value if call is not None and call.held and func is not F.dropout else None
-        known = Known() if call is None else Known(value, call.node, call.waits)
-        result = FAST_RULES[func](known, *args, **kwargs)
-        if func is F.batch_norm and result is not None and value is not None:
-            names = "running_mean", "running_var"
-            self._recall.unchanged(*(argument(args, kwargs, i + 1, n) for i, n in enumerate(names)))
-        return result
+        value = self._recall.value(call)
+        rule = FAST_RULES.get(func)
+        if rule is not None:
+            return rule(value, *args, **kwargs)
+        # A view stays one: what is written to it is written to what it is of.
+        if value is None or memory_of(value) in map(memory_of, tensors):
+            return None
+        return OF_KNOWN[func](value, *args, **kwargs)
 
     def _attention_layer(self, *args: Any, **kwargs: Any) -> Any:
         with self:

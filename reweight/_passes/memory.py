@@ -76,7 +76,7 @@ class Trace:
         self._base, self._version, self._place = weakref.ref(base), version_of(base), None
         self._is_whole = base is tensor
         if is_plain(tensor):
-            self._place, self._device = _place(tensor), tensor.device
+            self._place = _place(tensor)
 
     @property
     def memory(self) -> int | None:
@@ -99,12 +99,6 @@ class Trace:
         assert place is not None
         value = base.detach()
         return value if self._is_whole else value.as_strided(place.size, place.stride, place.offset)
-
-    def like(self) -> Tensor:
-        """Memory of the same form, with nothing in it."""
-        assert self._place is not None
-        _, _, size, stride, dtype = self._place
-        return torch.empty_strided(size, stride, dtype=dtype, device=self._device)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ but for γ, symmetric for each sample, and so is the softmax of attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +21,8 @@ from reweight._passes.operations import dual, unpack
 aten = torch.ops.aten
 
 
-class Known(NamedTuple):
-    """What the same call came to before.
-
-    Attributes:
-        value: that; None if it has gone.
-        node: of its graph.
-        waits: whether the value is memory with nothing in it.
-    """
-
-    value: Tensor | None = None
-    node: Any = None
-    waits: bool = False
-
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and 1/std of a norm, as its graph holds them; None if it does not, or not alone."""
-        if self.value is None or not hasattr(self.node, "_saved_result2"):
-            return None
-        try:
-            return self.node._saved_result1.detach(), self.node._saved_result2.detach()
-        except RuntimeError:  # its memory was given away
-            return None
-
-
 Rule: TypeAlias = Callable[..., Tensor | None]
+"""What the same call came to before, None if that has gone, and its arguments → a dual number."""
 
 
 def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
@@ -54,7 +32,7 @@ def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
 
 
 def batch_norm(
-    known: Known,
+    known: Tensor | None,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -69,13 +47,10 @@ def batch_norm(
     (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
     if dx is None or (dweight is None) != (dbias is None):
         return None
-    value, statistics = known.value, known.statistics()
-    if value is None or statistics is None:
-        value, mean, inverse = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
-    else:
-        mean, inverse = statistics
+    # Not recalled: it has the running statistics to move, which the model may read.
+    value, mean, inverse = torch.native_batch_norm(
+        x, weight, bias, running_mean, running_var, training, momentum, eps
+    )
     tangent = aten.native_batch_norm_backward(
         dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
     )[0]
@@ -88,7 +63,7 @@ def batch_norm(
 
 
 def layer_norm(
-    known: Known,
+    known: Tensor | None,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -97,22 +72,21 @@ def layer_norm(
 ) -> Tensor | None:
     """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
     # The kernels take two dtypes, as autocast gives them, forward but not backward.
-    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known.value)):
+    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known)):
         return None
     (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
     if dx is None or (dweight is None) != (dbias is None):
         return None
     shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
-    value, statistics = known.value, known.statistics()
-    if value is None or statistics is None:
+    value, affine = known, None
+    if dweight is not None:  # which gives the statistics too
+        affine, mean, inverse = torch.native_layer_norm(x, shape, dweight, dbias, eps)
+    if value is None or affine is None:
         value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
-    else:
-        mean, inverse = statistics
     tangent = aten.native_layer_norm_backward(
         dx, x, shape, mean, inverse, None, None, [True, False, False]
     )[0]
-    if dweight is not None:
-        affine = torch.native_layer_norm(x, shape, dweight, dbias, eps)[0]
+    if affine is not None:
         tangent = affine.add_(tangent) if weight is None else affine.addcmul_(tangent, weight)
     elif weight is not None:
         tangent *= weight
@@ -120,7 +94,7 @@ def layer_norm(
 
 
 def attention(
-    known: Known,
+    known: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -146,7 +120,7 @@ def attention(
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-    mixed = known.value
+    mixed = known
     if mixed is None:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             mixed = F.scaled_dot_product_attention(

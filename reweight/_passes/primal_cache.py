@@ -5,9 +5,9 @@ same memory or what is known to hold the same, gives what that call gave: nothin
 device, and nothing waits for one.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from reweight._passes.eager import attention_layer
-from reweight._passes.memory import Tokens, memory_of, tensors_in, version_of
-from reweight._passes.recall import UNSEEN, Call, Key, Recall
+from reweight._passes.memory import Tokens, Trace, memory_of, tensors_in, version_of
 from reweight.batches import Batch, tensors_of
+
+Key: TypeAlias = Hashable
+
+UNSEEN = {
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+}
+"""Ways to memory by which it may be changed without a trace: the version of the tensor stays."""
 
 ASKS = {
     Tensor.dim,
@@ -41,15 +54,23 @@ _CONSTANTS = {
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 }
 
+_UNDEFINED = {
+    torch.empty_like,
+    Tensor.new_empty,
+    Tensor.new_empty_strided,
+    Tensor.resize_,
+    Tensor.resize_as_,
+}
+"""Hold anything, until someone fills them who may not be seen."""
+
 
 class PrimalCache(TorchFunctionMode):
     """What the functions of a forward came to: as a context it takes note, then it is asked.
 
     A result is given back, as it is, only for the very same arguments. Nothing is kept alive for
     that: what the graph of the losses does not hold is forgotten, and so is memory that was changed
-    since, or may have been by way of ``.data``, NumPy or an address. A result that has gone, and
-    whose value no tangent needs, is not computed again either: memory of its shape, with nothing
-    in it, stands for it.
+    since, or may have been by way of ``.data``, NumPy or an address. Only what the loss function
+    does by such a way, or compiled code, is not seen.
 
     Args:
         model: its buffers are known again by their names, in copies; None if they need not be.
@@ -59,10 +80,6 @@ class PrimalCache(TorchFunctionMode):
         super().__init__()
         self._model, self._depth = model, 0
         self._tokens, self._calls = Tokens(), defaultdict[Key, list[Call]](list)
-        self._order: list[Call] = []
-        self._readers = defaultdict[int, list[Call]](list)
-        self._needed: set[int] = set()  # tokens of what someone reads who is not known
-        self._is_whole = True  # every function was seen
         self._names: dict[str, int] = {}
 
     def __enter__(self) -> "PrimalCache":
@@ -75,9 +92,6 @@ class PrimalCache(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._depth -= 1
-        if not self._depth:
-            for call in self._order:
-                call.had_gone = not all(trace.is_there() for trace in call.traces)
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -89,32 +103,20 @@ class PrimalCache(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_layer(*args, **kwargs)
-        tensors, key, tokens = tensors_in(args, kwargs), None, []
+        tensors, key = tensors_in(args, kwargs), None
         for tensor in tensors:
-            token = self._tokens.of(tensor)
-            if token is None:
-                self._is_whole &= tensor.grad_fn is None
-                token = self._tokens.new(tensor)
-            tokens.append(token)
+            self._tokens.of_or_new(tensor)
         if func in UNSEEN:
             self._tokens.forget(tensors[0])
         else:
             key = self._key(func, args, kwargs)
         versions = list(map(version_of, tensors))
         result = func(*args, **kwargs)
-        results = tensors_in(result)
         changed = [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
-        outputs = [self._tokens.of_or_new(each) for each in (*results, *changed)]
-        if key is None or not results:
-            self._needed.update(tokens)
-            return result
-        memory = {memory_of(tensor) for tensor in tensors}
-        is_view = not changed and all(memory_of(each) in memory for each in results)
-        call = Call(func, results, outputs, is_view=is_view)
-        self._calls[key].append(call)
-        self._order.append(call)
-        for token in tokens:
-            self._readers[token].append(call)
+        results = tensors_in(result)
+        tokens = [self._tokens.of_or_new(each) for each in results]
+        if key is not None and results:
+            self._calls[key].append(Call(tokens, None if changed else Trace(results[0])))
         return result
 
     def take(self, batch: Batch, copies: Batch) -> Batch:
@@ -130,27 +132,8 @@ class PrimalCache(TorchFunctionMode):
             if copy is not None and copy.stride() == original.stride():
                 self._tokens.give(copy, token)
 
-    def again(self, by_tangent: set[Any], by_output: set[Any]) -> "Recall":
-        """For a pass that does the same again.
-
-        Args:
-            by_tangent: functions whose tangent needs no value.
-            by_output: those whose tangent needs the value that they come to alone.
-        """
-        for call in reversed(self._order):
-            call.held = all(t.is_there() and not self._tokens.is_lost(t) for t in call.traces)
-            readers = [r for token in call.tokens for r in self._readers[token] if r is not call]
-            known = call.is_view or call.func in by_tangent
-            call.waits = (
-                (call.had_gone and not call.held and self._is_whole)
-                and bool(readers)
-                and call.func not in by_output
-                and self._needed.isdisjoint(call.tokens)
-                and all(reader.spares for reader in readers)
-            )
-            call.spares = call.has_graph and (
-                (call.held and (known or call.func in by_output)) or (call.waits and known)
-            )
+    def again(self) -> "Recall":
+        """For a pass that does the same again."""
         if self._model is not None:
             buffers = dict(self._model.named_buffers())
             for name in self._names.keys() & buffers.keys():
@@ -159,14 +142,15 @@ class PrimalCache(TorchFunctionMode):
 
     def _key(self, func: Any, args: Any, kwargs: Any) -> Key | None:
         """What tells the call from others; None if that cannot be told."""
-        if func is F.batch_norm and argument(args, kwargs, 5, "training"):
+        training = args[5] if len(args) > 5 else kwargs.get("training")
+        if func is F.batch_norm and training:
             # Whose running statistics have no say in what it comes to.
             args, kwargs = (args[0], *args[3:]), {**kwargs, "running_mean": 0, "running_var": 0}
         try:
             parts = self._frozen(args), self._frozen(kwargs)
         except _UnknownError:
             return None
-        if func not in _FACTORIES and not tensors_in(args, kwargs):
+        if func in _UNDEFINED or (func not in _FACTORIES and not tensors_in(args, kwargs)):
             return None
         device = next((t.device.type for t in tensors_in(args, kwargs)), "cpu")
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
@@ -196,5 +180,79 @@ class _UnknownError(Exception):
     """An argument was not there before."""
 
 
-def argument(args: Any, kwargs: Any, index: int, name: str) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name)
+class Departure(Exception):
+    """The pass does something else than the forward did; it is to be run without recall."""
+
+
+class Call(NamedTuple):
+    """One of the forward's.
+
+    Attributes:
+        tokens: what its results are known by.
+        result: where the first of them is found; None if it changed an argument.
+    """
+
+    tokens: list[int]
+    result: Trace | None
+
+
+class Recall:
+    """One pass that does again what the forward did: each of its calls finds that of the forward.
+
+    Of equal calls the first is the first, for they may have drawn random numbers.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        calls: Mapping[Key, list[Call]],
+        key: Callable[[Any, Any, Any], Key | None],
+    ) -> None:
+        self._tokens, self._calls, self._key = tokens, calls, key
+        self._next: Counter[Key] = Counter()
+        self._lent: set[int] = set()  # memory of the forward that was given back
+
+    def find(self, func: Any, args: Any, kwargs: Any) -> Call | None:
+        """The call of the forward that was this one.
+
+        Raises:
+            Departure: it would change what the graph of the losses holds.
+        """
+        if not self._calls:
+            return None
+        if _may_write(func, kwargs):
+            tensors = tensors_in(args, kwargs)
+            if not self._lent.isdisjoint(map(memory_of, tensors)):
+                raise Departure
+            if func in UNSEEN:
+                self._tokens.forget(tensors[0])
+                return None
+        key = self._key(func, args, kwargs)
+        calls = () if key is None else self._calls.get(key, ())
+        if self._next[key] >= len(calls):
+            return None
+        self._next[key] += 1
+        return calls[self._next[key] - 1]
+
+    def value(self, call: Call | None) -> Tensor | None:
+        """What the call came to; None if it has gone, or was changed since."""
+        trace = None if call is None or len(call.tokens) != 1 else call.result
+        if trace is None or not trace.is_there() or self._tokens.is_lost(trace):
+            return None
+        value = trace()
+        self._lent.add(memory_of(value))
+        return value
+
+    def note(self, call: Call, results: list[Tensor]) -> None:
+        """What came of it this time is known as what came of it then."""
+        for result, token in zip(results, call.tokens, strict=False):
+            if self._tokens.of(result) is None:
+                self._tokens.give(result, token)
+
+
+def _may_write(func: Any, kwargs: Any) -> bool:
+    """Whether a function may change what it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    assigns = name.startswith(("__i", "__set")) and name not in ("__int__", "__index__")
+    return in_place or assigns or func in UNSEEN or "out" in kwargs or bool(kwargs.get("inplace"))

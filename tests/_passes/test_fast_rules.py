@@ -7,6 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
 from reweight._passes.ladder import Ladder
@@ -77,13 +78,28 @@ RULES = {
 }
 
 
+class EveryResult(TorchDispatchMode):
+    """Keeps all alive."""
+
+    def __init__(self, kept: list) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kept.append(func(*args, **(kwargs or {})))
+        return self.kept[-1]
+
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # rounding, of sums of some dozen terms
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("moving", list(product([True, False], repeat=3))[:-1])
 @pytest.mark.parametrize("name", RULES)
-def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_rules_are_forward_mode(
+    name: str, moving: tuple[bool, ...], dtype: torch.dtype, known: bool
+) -> None:
     func, shapes = RULES[name]
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     tangents = [torch.randn_like(tensor) for tensor in tensors]
@@ -98,7 +114,11 @@ def test_rules_are_forward_mode(name: str, moving: tuple[bool, ...], dtype: torc
     with forward_ad.dual_level():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             theirs = run()
-        with tangents_follow_gradients(PrimalCache(), Ladder()):
+        cache, kept = PrimalCache(), []
+        if known:
+            with cache, EveryResult(kept):
+                func(*tensors)
+        with tangents_follow_gradients(cache, Ladder()):
             ours = run()
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
