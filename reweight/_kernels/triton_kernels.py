@@ -2,7 +2,6 @@
 
 With S the bytes of all logits, the forward pass reads S, the backward pass reads S and writes S,
 forward mode reads 2·S: the least there is. All else is O(K·N); the latter two read no ignored row.
-
 Statistics are float32 whatever the dtype of the logits, and what is rounded is rounded once. A
 target out of range gives a NaN loss: looking from the host would wait for the device.
 """

@@ -234,7 +234,7 @@ def test_memory_that_was_given_back_may_not_be_written() -> None:
 
 class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x * 0.5 + x.detach().mean()
+        return x * 0.5 + x.sigmoid()
 
 
 class Mean(nn.Module):
