@@ -22,7 +22,7 @@ from reweight import (
     exit_shares,
     find_thresholds,
 )
-from reweight.budget import allot
+from reweight.objectives import allot
 
 Weighting = Callable[[ExitLosses], Tensor]
 STRENGTH = 0.8  # as published for CIFAR
@@ -457,12 +457,11 @@ ARMS: dict[str, Arm] = {
     "sigmoid, class, lr 1e-2, interval 10": ours(
         form="sigmoid", lr=1e-2, interval=10, num_classes=10
     ),
-    "predicted, interval 10": ours(
-        form="predicted",
-        lr=None,
-        interval=10,
-        num_classes=10,
+    "sigmoid, class, lr 1e-2": ours(form="sigmoid", lr=1e-2, num_classes=10),
+    "sigmoid, class, mean objective, lr 1e-2, interval 10": ours(
+        form="sigmoid", lr=1e-2, num_classes=10, objective=MeanObjective(), interval=10
     ),
+    "predicted, interval 10": ours(form="predicted", lr=None, interval=10, num_classes=10),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),
     "greedy, test as meta": Arm(greedy, learned=True, lr=None, meta="test"),

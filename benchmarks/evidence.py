@@ -122,17 +122,21 @@ EXPERIMENTS = {
         for kind, share in (("clean", 0.0), ("symmetric", 0.4), ("neighbours", 0.4))
         for num_exits, suffix in ((1, ""), (5, "-exits"))
     },
-    "long-tail": Experiment(
-        "fashion-mnist",
-        5,
-        6,
-        10_000,
-        long_tail=100,
-        num_clean=100,
-        meta="extra",
-        batch_size=100,
-        width=8,
-    ),
+    **{
+        f"long-tail{suffix}": Experiment(
+            "fashion-mnist",
+            5,
+            6,
+            10_000,
+            label_noise=share,
+            long_tail=100,
+            num_clean=100,
+            meta="extra",
+            batch_size=100,
+            width=8,
+        )
+        for share, suffix in ((0.0, ""), (0.2, "-noise-20"))
+    },
 }
 
 

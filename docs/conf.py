@@ -11,10 +11,11 @@ sys.path.insert(0, os.path.abspath(".."))
 import reweight
 
 project, author = "reweight", "The reweight authors"
+copyright = f"2026, {author}, Apache License 2.0"
 version = release = reweight.__version__
 html_title = f"{project} {version}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -23,6 +24,13 @@ html_copy_source = False
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]  # so that GitHub shows the equations too
 myst_heading_anchors = 3
+
+# The tutorials are run, and the site is not built if a cell of theirs fails or warns.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"
 
 autodoc_mock_imports = ["lightning", "matplotlib", "transformers"]
 autodoc_member_order = "bysource"
@@ -33,7 +41,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # Types of others, and those of our own that no page describes: there is no index of them here.
 nitpick_ignore_regex = [("py:(class|obj|data)", r"(?!reweight\.).*"), ("py:class", "reweight.*")]
-nitpick_ignore = [("py:func", "reweight.budget.allot")]  # private, and named by BudgetedObjective
+nitpick_ignore = [
+    ("py:func", "reweight.objectives.allot")
+]  # private, and named by BudgetedObjective
 
 
 def mathml(self: Any, node: nodes.Element) -> None:

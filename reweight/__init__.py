@@ -6,13 +6,12 @@ from reweight.budget import (
     anytime_accuracy,
     budgeted_curve,
     choose_exits,
-    exit_shares,
     find_thresholds,
 )
 from reweight.costs import exit_costs
 from reweight.direct_weights import DirectWeights
 from reweight.losses import ExitLosses, exit_cross_entropy, linear_exit_cross_entropy
-from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss
+from reweight.objectives import BudgetedObjective, MeanObjective, MetaLoss, exit_shares
 from reweight.result import StepCheck, StepResult
 from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep

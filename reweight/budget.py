@@ -4,80 +4,15 @@ A sample leaves at the first exit whose confidence reaches that exit's threshold
 from a held-out split: exit k is given a share q_k of the samples (Huang et al., ICLR 2018).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reweight._checks import check_positive, check_whole, kind
+from reweight._checks import kind
 from reweight.losses import ExitLosses
-
-
-def exit_shares(num_exits: int, power: float) -> Tensor:
-    """The share q_k of the samples that each exit is to answer: q_k ∝ p^k, k = 1..K.
-
-    Args:
-        num_exits: K, at least 1.
-        power: p > 0. Below 1 early exits answer more, at 1 all the same, above 1 late exits more.
-
-    Returns:
-        Shape [K], float64, adding up to 1.
-
-    Raises:
-        TypeError: an argument is no number.
-        ValueError: an argument is out of range.
-
-    Example:
-        >>> exit_shares(3, 0.5)
-        tensor([0.5714, 0.2857, 0.1429], dtype=torch.float64)
-    """
-    check_whole("num_exits", num_exits)
-    check_positive("power", power)
-    return _exit_shares(num_exits, power).clone()
-
-
-@functools.cache
-def _exit_shares(num_exits: int, power: float) -> Tensor:
-    exponents = torch.arange(num_exits, dtype=torch.float64)
-    # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
-    powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))
-    return powers / powers.sum()
-
-
-def quotas(shares: Tensor, num_samples: Tensor | int) -> Tensor:
-    """``floor(n·q_k)``, a product that is a whole number but for rounding counting as one."""
-    return (shares * num_samples + 1e-9).floor()
-
-
-def allot(confidence: Tensor, shares: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Allot each sample to one exit: exit k takes the most confident samples among those left.
-
-    Exit 1 takes its floor(n·q_1) most confident samples, exit 2 its floor(n·q_2) most confident of
-    the rest, and so on; the last exit takes what remains. Of equally confident samples the earlier
-    in the batch goes first, so that saturated confidences starve no exit.
-
-    Args:
-        confidence: shape [B, K].
-        shares: q_k, shape [K], adding up to 1.
-        valid: the samples to allot, shape [B], bool; None for all. n counts these.
-
-    Returns:
-        Shape [B, K], bool: one True a row, none for a sample that is not valid.
-    """
-    num_samples, num_exits = confidence.shape
-    free = confidence.new_ones(num_samples, dtype=torch.bool) if valid is None else valid
-    quota = quotas(shares.to(confidence.device), free.sum())
-    rank = torch.arange(num_samples, device=confidence.device)
-    members = []
-    for k in range(num_exits - 1):
-        left = confidence[:, k].masked_fill(~free, -torch.inf)
-        order = left.argsort(descending=True, stable=True)
-        taken = torch.empty_like(free).scatter_(0, order, rank < quota[k]) & free
-        members.append(taken)
-        free = free & ~taken
-    return torch.stack([*members, free], 1)
+from reweight.objectives import exit_shares, quotas
 
 
 def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:

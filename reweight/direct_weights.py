@@ -73,13 +73,18 @@ class DirectWeights(nn.Module):
         parts = [known.to(values), positive, positive.square()]
         share, total, squares = sum_over_ranks(torch.stack([(shares * x).sum(0) for x in parts]))
         share = torch.where(share > 0, share, 1)
-        scale = torch.maximum(total / share, _SHARE**0.5 * (squares / share).sqrt())
-        weights = positive / torch.where(scale > 0, scale, 1)
+        weights = positive / bounded_scale(total / share, squares / share)
         return torch.where(known, weights, 1).to(values)
 
     def extra_repr(self) -> str:
         """For ``print``."""
         return f"num_exits={self.num_exits}"
+
+
+def bounded_scale(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """What to divide positive weights by: their mean, or more where few have all; 1 for zeros."""
+    scale = torch.maximum(mean, _SHARE**0.5 * mean_square.sqrt())
+    return torch.where(scale > 0, scale, 1)
 
 
 _SHARE = 1 / 4  # of a batch: below it the step of few samples is kept small

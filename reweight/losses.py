@@ -1,19 +1,16 @@
 """Per-sample, per-exit losses: the matrix l[i,k] that everything else in the package is about."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from reweight._checks import check_share
+from reweight._checks import check_number, check_positive, check_share
 from reweight._kernels import composite
-from reweight._kernels.dispatch import choose, choose_linear, is_traced
+from reweight._kernels.dispatch import choose
 from reweight._kernels.function import fused
-from reweight._kernels.linear import fused_linear
+from reweight._kernels.linear import linear_cross_entropy
 from reweight._ranks.collectives import sum_over_ranks
 from reweight._targets import classes_of, exits_of
 
@@ -22,21 +19,6 @@ Logits: TypeAlias = Tensor | Sequence[Tensor]
 
 S is the shape of the target: [B] for a classifier, [B, T] for a language model.
 """
-
-_LOGITS_KEPT: ContextVar[bool] = ContextVar("logits_kept", default=False)
-
-
-@contextmanager
-def logits_kept(kept: bool) -> Iterator[None]:
-    """Graphs of ``exit_cross_entropy`` hold logits, for others to find there.
-
-    Else they hold exponentials in place of them, which saves the backward a pass over both.
-    """
-    token = _LOGITS_KEPT.set(kept)
-    try:
-        yield
-    finally:
-        _LOGITS_KEPT.reset(token)
 
 
 class ExitLosses(NamedTuple):
@@ -202,12 +184,8 @@ def exit_cross_entropy(
         moved = class_dim not in (None, -1)
         tensors = [logits] if isinstance(logits, Tensor) and not moved else exits
         rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
-        kept = _LOGITS_KEPT.get()
-        results = fused(rows, classes, ignore, label_smoothing, implementation, kept)
-        if class_weight is not None:
-            factor = class_weight.to(results[0].dtype)[torch.where(valid, classes, 0)]
-            factor = torch.where(valid, factor, 1).unsqueeze(1)
-            results = results[0] * factor, *results[1:]
+        results = fused(rows, classes, ignore, label_smoothing, implementation)
+        results = _by_class(results[0], class_weight, classes, valid), *results[1:]
     features = None
     if probabilities:
         if len(set(nums_classes)) > 1:
@@ -228,6 +206,9 @@ def linear_exit_cross_entropy(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> ExitLosses:
     """``exit_cross_entropy`` of exits that share one linear head, without their logits in memory.
 
@@ -245,6 +226,10 @@ def linear_exit_cross_entropy(
         bias: of the head, shape [V]. Default: none.
         ignore_index: as in :func:`exit_cross_entropy`.
         label_smoothing: as in :func:`exit_cross_entropy`.
+        class_weight: as in :func:`exit_cross_entropy`, shape [V]; not with label smoothing.
+        softcap: logits z become softcap·tanh(z / softcap), as in Gemma 2 (30 there). Default: none.
+        z_loss: z_loss·(log Σ exp z)² is added to each loss, not weighted by class, as in PaLM (1e-4
+            there). Default 0.
 
     Returns:
         :class:`ExitLosses` with B·T samples where the target is [B, T].
@@ -262,6 +247,11 @@ def linear_exit_cross_entropy(
         torch.Size([6, 2])
     """
     check_share("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if label_smoothing and class_weight is not None:
+        raise ValueError("`label_smoothing` must be 0 beside `class_weight`, got both.")
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
     exits = exits_of("hidden", hidden, target)
@@ -271,8 +261,11 @@ def linear_exit_cross_entropy(
                 f"`weight` must have the shape ['V', {exit_hidden.shape[-1]}], its rows as long as "
                 f"those of `hidden`, got {list(weight.shape)}."
             )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"`bias` must have the shape [{len(weight)}], got {list(bias.shape)}.")
+    for name, each in (("bias", bias), ("class_weight", class_weight)):
+        if each is not None and each.shape != weight.shape[:1]:
+            raise ValueError(
+                f"`{name}` must have the shape [{len(weight)}], got {list(each.shape)}."
+            )
     classes, valid, ignore = classes_of(target, ignore_index, [len(weight)])
     rows = [each.reshape(len(classes), -1) for each in exits]
     head = [weight] if bias is None else [weight, bias]
@@ -281,10 +274,20 @@ def linear_exit_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         head, rows = ([each.to(dtype) for each in tensors] for tensors in (head, rows))
     with torch.autocast(device, enabled=False):  # the backward, run outside of it, computes alike
-        if is_traced():
-            logits = [F.linear(each, *head) for each in rows]
-            results = composite.forward(logits, classes, ignore, label_smoothing)
-        else:
-            implementation = choose_linear(rows)
-            results = fused_linear(rows, head, classes, ignore, label_smoothing, implementation)
-    return ExitLosses(*results, valid, classes)
+        losses, confidence, correct, normaliser = linear_cross_entropy(
+            rows, head, classes, ignore, label_smoothing, softcap
+        )
+    losses = _by_class(losses, class_weight, classes, valid)
+    if z_loss:
+        losses = losses + z_loss * normaliser.square()
+    return ExitLosses(losses, confidence, correct, valid, classes)
+
+
+def _by_class(
+    losses: Tensor, class_weight: Tensor | None, classes: Tensor, valid: Tensor
+) -> Tensor:
+    """Losses [B, K] times the weight of the class of each sample that counts."""
+    if class_weight is None:
+        return losses
+    factor = class_weight.to(losses.dtype)[torch.where(valid, classes, 0)]
+    return losses * torch.where(valid, factor, 1).unsqueeze(1)

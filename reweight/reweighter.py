@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reweight._checks import check_choice, check_number, check_whole
 from reweight._ranks.collectives import gather, sum_over_ranks
+from reweight.direct_weights import bounded_scale
 from reweight.losses import ExitLosses
 
 
@@ -19,7 +20,7 @@ class SampleReweighter(nn.Module):
 
         tanh       w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
         sigmoid    w = sigmoid(raw) / mean(sigmoid(raw))
-        predicted  w = max(0, raw) / mean(max(0, raw))
+        predicted  w = p / max(mean(p), ½·√mean(p²)), p = max(0, raw)
 
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
     1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
@@ -135,8 +136,9 @@ class SampleReweighter(nn.Module):
         raw: Tensor = self.network(self.seen(exit_losses)).to(exit_losses.losses)
         if self.form == "predicted":
             positive = raw.clamp(min=0)
-            mean = self._mean(positive, exit_losses)
-            weights = torch.where(mean > 0, positive / mean.clamp(min=1e-6), 1)
+            mean, squares = (self._mean(each, exit_losses) for each in (positive, positive**2))
+            scale = bounded_scale(mean, squares)
+            weights = torch.where(mean > 0, positive / scale, 1)
         elif self.form == "sigmoid":
             # Over the largest of those averaged, so that they never all underflow.
             logarithm = F.logsigmoid(raw)

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
 from reweight._checks import check_flag, check_positive
-from reweight._meta.direct import learner_of
 from reweight._meta.estimators import Estimator
 from reweight._meta.examination import examine
+from reweight._meta.learners import learner_of
 from reweight._meta.lookahead import Lookahead
 from reweight._meta.problem import FirstForward, gradients_of
 from reweight._optimizers.accepted import AnyOptimizer, Exactness, as_optimizers, held_by

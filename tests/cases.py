@@ -69,6 +69,40 @@ class Fixed(nn.Module):
         return self.weights
 
 
+class Double(torch.autograd.Function):
+    """Has no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float = 2) -> Tensor:
+        return factor * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return 2 * gradient, None
+
+
+class HalvedBackward(torch.autograd.Function):
+    """The backward is not the derivative of the forward, but half of it; it can be switched off."""
+
+    on = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor) -> Tensor:
+        return cotangent * (0.5 if HalvedBackward.on else 1)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
 def mlp(num_exits: int) -> MultiExit:
     blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
     return MultiExit(blocks, [nn.Linear(6, NUM_CLASSES) for _ in range(num_exits)])
@@ -230,10 +264,34 @@ def warm_up(model: nn.Module, optimizer: Optimizer, batch: Batch, num_steps: int
     optimizer.zero_grad()
 
 
+def warmed(
+    name: str,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    num_exits: int = 3,
+    *,
+    seed: int = 1,
+    num_steps: int = 3,
+) -> tuple[MultiExit, Optimizer]:
+    """A model and its optimizer after a few conventional steps on the batch of this seed."""
+    model = make_model(name, num_exits)
+    optimizer = make_optimizer(model)
+    warm_up(model, optimizer, make_batch(name, seed=seed), num_steps)
+    return model, optimizer
+
+
 def conventional_loss(logits: list[Tensor], target: Tensor) -> Tensor:
     """What training without weights minimises: Σ_k mean_i l[i,k]."""
     return torch.stack([nn.functional.cross_entropy(z, target) for z in logits]).sum()
 
+
+TRANSFORMER = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+"""The size of a model of transformers."""
 
 EXITS = {"one_exit": 1, "three_exits": 3}
 

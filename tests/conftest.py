@@ -7,16 +7,15 @@ from reweight._kernels import function, linear, torch_kernels
 torch.set_num_threads(1)  # the tensors here are tiny
 
 
-MADE_ONCE = ("test_collectives.py", "test_shards.py", "test_faults.py", "test_train.py")
-"""Files whose tests look at what the same ranks, or the same run, have made."""
+FORKED = ("test_collectives.py", "test_shards.py", "test_faults.py", "test_train.py", "processes")
+"""What is in the names of tests that fork from one process, which takes long to begin."""
 
 
 class ByTest(LoadScopeScheduling):
-    """A free worker takes the next test, or the next of those files, which come first."""
+    """A free worker takes the next test; one worker all that fork, which come first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file, _, _ = nodeid.partition("::")
-        return file if file.endswith(MADE_ONCE) else nodeid
+        return "forked" if any(name in nodeid for name in FORKED) else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByTest | None:
@@ -33,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def double_precision():
+    """torch.optim counts steps in the default dtype: in float32 it is the reference that rounds."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["merged", "whole", "in blocks"])

@@ -19,7 +19,7 @@ from reweight import (
     exit_shares,
     find_thresholds,
 )
-from reweight.budget import allot, quotas
+from reweight.objectives import allot, quotas
 
 SIZES = [1, 2, 3, 5, 10, 49, 200]
 NUM_EXITS = [1, 2, 3, 5, 12]

@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 import cases
-from cases import EXITS, OPTIMIZERS, make_batch, make_model, warm_up
+from cases import EXITS, OPTIMIZERS, make_batch, warmed
 from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
 from test_models import ROWS, UNCOMPILED, set_up
@@ -16,10 +16,9 @@ MODELS = ["mlp", "conv_batch_norm"]
 
 
 def make(model_name: str = "mlp", optimizer_class=AdamW, **options) -> MetaReweightStep:
-    torch.manual_seed(3)
-    model = make_model(model_name)
-    optimizer = optimizer_class(model.parameters(), lr=0.05)
-    warm_up(model, optimizer, make_batch(model_name, seed=7))
+    model, optimizer = warmed(
+        model_name, lambda model: optimizer_class(model.parameters(), lr=0.05), seed=7
+    )
     reweighter = SampleReweighter(3, num_hidden=4).double()
     own = torch.optim.SGD(reweighter.parameters(), lr=1.0)
     return MetaReweightStep(model, optimizer, reweighter, reweighter_optimizer=own, **options)
@@ -284,9 +283,7 @@ def test_lean_steps_are_the_same_steps(model_name, optimizer_name, num_exits) ->
     train, meta = make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
     ends = []
     for lean in (False, True):
-        model = make_model(model_name, num_exits)
-        optimizer = OPTIMIZERS[optimizer_name](model)
-        warm_up(model, optimizer, train)
+        model, optimizer = warmed(model_name, OPTIMIZERS[optimizer_name], num_exits)
         reweighter = SampleReweighter(num_exits, num_hidden=3).double()
         step = MetaReweightStep(model, optimizer, reweighter, lean=lean)
         results = [step(train, meta) for _ in range(2)]

@@ -1,9 +1,6 @@
 """A rank that is lost, or has nothing to judge by, ends the others with an error; none hangs."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from fault_training import (
     train_without_meta_samples,
 )
 from properties import assert_same
-from ranks import run_ranks
+from ranks import run_ranks, run_torchrun
 
 
 def run(folder: Path, function, *args, seconds: float = 30) -> list[str]:
@@ -71,18 +68,8 @@ def test_a_restart_goes_on_from_the_checkpoint_to_the_same_end(tmp_path) -> None
     undisturbed.mkdir()
     restarted.mkdir()
     assert run(undisturbed, train_with_restarts, str(undisturbed)) == ["None"] * 2
-    command = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
-    # The output goes to a file, for a pipe would be waited for as long as any process holds it.
-    with open(tmp_path / "output", "w") as output:
-        done = subprocess.run(
-            [sys.executable, "-m", *command.split(), fault_training.__file__, restarted],
-            # Or the second life may meet at the addresses that the first left in a shared store.
-            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            stdout=output,
-            stderr=output,
-            timeout=120,
-        )
-    assert done.returncode == 0, (tmp_path / "output").read_text()
+    command = ["--max-restarts=1", fault_training.__file__, str(restarted)]
+    run_torchrun(tmp_path / "output", *command, seconds=120)
     assert (undisturbed / "began 0").read_text() == "0"
     assert (restarted / "began 0").read_text() == (restarted / "began 1").read_text() == "2"
     ours, theirs = (

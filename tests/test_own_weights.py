@@ -17,7 +17,7 @@ from reweight import (
     SampleReweighter,
     exit_cross_entropy,
 )
-from reweight.budget import allot, exit_shares
+from reweight.objectives import allot, exit_shares
 
 KINDS = ["none", "sample", "exit", "missing", "both"]
 

@@ -19,6 +19,7 @@ import reweight
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))  # run when the site is built
 
 
 class MultiExitNet(nn.Module):
@@ -145,7 +146,11 @@ def test_commands_are_single_lines_that_set_everything_up() -> None:
     ]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *PAGES, *TUTORIALS],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"(?<!\w)\[[^\]]*\]\((?!http)([^)#]+)\)", prose):

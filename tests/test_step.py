@@ -21,7 +21,7 @@ from cases import (
     OPTIMIZERS,
     make_batch,
     make_model,
-    warm_up,
+    warmed,
 )
 from properties import assert_same
 from reweight import (
@@ -36,10 +36,8 @@ from reweight import (
 
 
 def make(model_name="mlp", optimizer_name="sgd", num_exits=3, warm=True, **options):
-    model = make_model(model_name, num_exits)
-    optimizer = OPTIMIZERS[optimizer_name](model)
-    if warm:
-        warm_up(model, optimizer, make_batch(model_name))
+    make_optimizer, num_steps = OPTIMIZERS[optimizer_name], 3 if warm else 0
+    model, optimizer = warmed(model_name, make_optimizer, num_exits, num_steps=num_steps)
     reweighter = options.pop("reweighter", None) or SampleReweighter(num_exits, num_hidden=5)
     return MetaReweightStep(model, optimizer, reweighter.double(), **options)
 

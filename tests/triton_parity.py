@@ -221,7 +221,7 @@ def test_through_the_public_function(form) -> None:
 
 
 def test_exits_of_one_head(monkeypatch) -> None:
-    monkeypatch.setattr("reweight.losses.choose_linear", lambda hidden: "triton")
+    monkeypatch.setattr("reweight._kernels.linear.choose_linear", lambda hidden: "triton")
     hidden = [torch.randn(7, 4, requires_grad=True) for _ in range(2)]
     weight = torch.randn(9, 4, requires_grad=True)
     target = torch.tensor([0, 4, -100, 2, 1, 8, 0])

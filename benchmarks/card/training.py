@@ -8,38 +8,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from card.timing import wait_for
 from data import load_data
 from msdnet import MSDNet
 from reweight import (
-    ExitLosses,
     MetaReweightStep,
     SampleReweighter,
     anytime_accuracy,
     budgeted_curve,
     exit_costs,
-    exit_cross_entropy,
 )
+from text_exits import Samples, evaluate
 
 Row = dict[str, Any]
-Split = tuple[Tensor, Tensor]
 
 NUM_CLASSES, BATCH = 10, 128
-PUBLISHED = {"num_exits": 5}
-TINY = {"num_exits": 2, "channels": 4, "growth": 2}
+PUBLISHED: dict[str, Any] = {"num_exits": 5}
+TINY: dict[str, Any] = {"num_exits": 2, "channels": 4, "growth": 2}
 ARMS = ("conventional", "reweighted")
 
 
 class Arm:
     """One way to train, on batches of half the size beside as many meta samples, or on all."""
 
-    def __init__(self, name: str, device: str, image: Tensor, size: dict[str, int]) -> None:
+    def __init__(self, name: str, device: str, image: Tensor, size: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        net = MSDNet(NUM_CLASSES, in_channels=image.shape[0], **size)  # type: ignore[arg-type]
-        self.model = net.to(device)
+        self.model = MSDNet(NUM_CLASSES, in_channels=image.shape[0], **size).to(device)
         self.optimizer = SGD(
             self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
@@ -47,56 +44,43 @@ class Arm:
         self.step = MetaReweightStep(self.model, self.optimizer, reweighter)
         self.name = name
 
-    def epoch(self, train: Split, seed: int) -> None:
+    def epoch(self, train: Samples, seed: int) -> None:
         """Go through the data once, in halves that are each other's meta batch."""
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(train[1]), generator=generator).to(train[1].device)
+        order = torch.randperm(len(train.target), generator=generator).to(train.target.device)
         for rows in order.split(BATCH)[: len(order) // BATCH]:
-            halves = [tuple(part[half] for part in train) for half in rows.chunk(2)]
+            halves = [train.rows(half) for half in rows.chunk(2)]
             for now, meta in (halves, halves[::-1]):
                 if self.name == "reweighted":
-                    self.step(now, meta)  # type: ignore[arg-type]
+                    self.step(now, meta)
                     continue
                 self.optimizer.zero_grad()
-                logits = self.model(now[0])
-                torch.stack([F.cross_entropy(z, now[1]) for z in logits]).sum().backward()
+                logits = self.model(*now.inputs)
+                torch.stack([F.cross_entropy(z, now.target) for z in logits]).sum().backward()
                 self.optimizer.step()
-
-
-def evaluated(model: nn.Module, split: Split) -> ExitLosses:
-    """Every exit on all of it; in float64, so that confident samples do not tie."""
-    model.eval()
-    with torch.no_grad():
-        parts = [
-            exit_cross_entropy([logits.double() for logits in model(images)], target)
-            for images, target in zip(*(part.split(2048) for part in split), strict=True)
-        ]
-    model.train()
-    fields = zip(*(part[:3] for part in parts), strict=True)
-    return ExitLosses(*(torch.cat(field) for field in fields))  # type: ignore[arg-type]
 
 
 def train(device: str, folder: Path | None, seconds: float, tiny: bool) -> Row:
     """Both arms for as many epochs as fit, the same number of each; the small run takes digits."""
     name, size = ("digits", TINY) if tiny else ("fashion-mnist", PUBLISHED)
     data = load_data(name, folder, train_size=128 if tiny else None)
-    splits = {
-        split: tuple(tensor.to(device) for tensor in getattr(data, split).tensors)
-        for split in ("train", "calibration", "test")
-    }
-    if tiny:  # too small for the net's scales
-        splits = {k: (x[:128].repeat(1, 1, 4, 4), y[:128]) for k, (x, y) in splits.items()}
-    image = splits["train"][0][0]
-    took = {}
+    splits = {}
+    for split in ("train", "calibration", "test"):
+        images, target = (tensor.to(device) for tensor in getattr(data, split).tensors)
+        if tiny:  # too small for the net's scales
+            images, target = images[:128].repeat(1, 1, 4, 4), target[:128]
+        splits[split] = Samples((images,), target)
+    image = splits["train"].inputs[0][0]
+    num_samples, took = len(splits["train"].target), {}
     for arm_name in ARMS:  # twice: the first chooses algorithms and loads kernels
         arm = Arm(arm_name, device, image, size)
-        some: Split = tuple(part[: 20 * BATCH] for part in splits["train"])  # type: ignore[assignment]
+        some = splits["train"].rows(torch.arange(min(20 * BATCH, num_samples), device=device))
         for _ in range(2):
             wait_for(device)
             start = time.perf_counter()
             arm.epoch(some, seed=0)
             wait_for(device)
-            took[arm_name] = (time.perf_counter() - start) * len(splits["train"][1]) / len(some[1])
+            took[arm_name] = (time.perf_counter() - start) * num_samples / len(some.target)
     num_epochs = max(1, int(0.85 * seconds / sum(took.values())))
     row: Row = {
         "case": f"msdnet, {name}, {num_epochs} epochs",
@@ -108,9 +92,9 @@ def train(device: str, folder: Path | None, seconds: float, tiny: bool) -> Row:
         arm = Arm(arm_name, device, image, size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(arm.optimizer, num_epochs)
         for seed in range(num_epochs):
-            arm.epoch(splits["train"], seed)  # type: ignore[arg-type]
+            arm.epoch(splits["train"], seed)
             schedule.step()
-        losses = {key: evaluated(arm.model, splits[key]) for key in ("calibration", "test")}  # type: ignore[arg-type]
+        losses = {key: evaluate(arm.model, splits[key]) for key in ("calibration", "test")}
         costs = exit_costs(arm.model, image.unsqueeze(0), in_order=True)
         curve = budgeted_curve(losses["calibration"], losses["test"], costs)
         row[f"{arm_name}, exits"] = [round(float(a), 4) for a in anytime_accuracy(losses["test"])]

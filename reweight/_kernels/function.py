@@ -7,7 +7,9 @@ those would be constants, and what depends on them silently wrong. Transforms of
 nest without end, never come here: they get the composite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +26,20 @@ _SMALL = 2**17
 # And from so many on, memory counts.
 _LARGE = 2**22
 _NO_CLASS = -1
+_LOGITS_KEPT: ContextVar[bool] = ContextVar("logits_kept", default=False)
+
+
+@contextmanager
+def logits_kept(kept: bool) -> Iterator[None]:
+    """Graphs hold large logits, for others to find there: see ``_passes/primal_cache.py``.
+
+    Else they hold exponentials in place of them, which saves the backward a pass over both.
+    """
+    token = _LOGITS_KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _LOGITS_KEPT.reset(token)
 
 
 def fused(
@@ -32,12 +48,11 @@ def fused(
     ignore_index: int | None,
     label_smoothing: float,
     implementation: str,
-    keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, confidence and correctness [N, K].
 
     The logits are K matrices [N, C_k], or one [K·N, C]; the target is [N] classes, all valid if
-    ``ignore_index`` is None. The graph holds large logits if they are to be kept.
+    ``ignore_index`` is None.
     """
     some = [torch.is_grad_enabled() and rows.requires_grad for rows in logits]
     large = implementation == "torch" and sum(map(Tensor.numel, logits)) > _LARGE
@@ -45,15 +60,14 @@ def fused(
         # One by one, so that the backward can give the memory of each back in its turn, and what
         # needs no gradient keeps nothing for one.
         parts = [
-            fused([rows], target, ignore_index, label_smoothing, implementation, keep_logits)
-            for rows in logits
+            fused([rows], target, ignore_index, label_smoothing, implementation) for rows in logits
         ]
         losses, confidence, correct = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return losses, confidence, correct
     merge = implementation == "torch" and len(logits) > 1 and _is_small(logits)
     # The exponentials take the place of the logits in memory, unless those are smaller.
     whole = all(rows.dtype in (torch.float32, torch.float64) for rows in logits)
-    keep = implementation == "torch" and any(some) and whole and (merge or not keep_logits)
+    keep = implementation == "torch" and any(some) and whole and (merge or not _LOGITS_KEPT.get())
     results = ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
         implementation, keep, merge, ignore_index, label_smoothing, target, *logits
     )

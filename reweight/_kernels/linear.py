@@ -2,6 +2,11 @@
 
 Rows of all exits of a chunk share one product with the head. The backward multiplies again what the
 forward did not keep: 4 products of size N·K·D·V in all, against 3 and the logits' memory.
+
+With z = cap(h·Wᵀ + b), p = softmax(z) and q the target's distribution there are two results with
+derivatives, the loss l and the logarithm of the normaliser, s = log Σ exp z::
+
+    ∂l/∂z = p − q      ∂s/∂z = p      upstream g of l, h of s:  (g + h)·(p − q) + h·q
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reweight._kernels import composite
 from reweight._kernels.composite import counted, derivative
+from reweight._kernels.dispatch import choose_linear, is_traced
 from reweight._kernels.function import is_plain, kernel_backward, kernel_forward
 
 Context: TypeAlias = Any
@@ -20,21 +27,27 @@ Context: TypeAlias = Any
 _CHUNK = 256
 
 
-def fused_linear(
+def linear_cross_entropy(
     hidden: Sequence[Tensor],
     head: Sequence[Tensor],
     target: Tensor,
     ignore_index: int | None,
     label_smoothing: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, confidence and correctness [N, K] of K matrices [N, D].
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, confidence, correctness and log Σ exp z, [N, K], of K matrices [N, D].
 
     The head is its weight [V, D] and, where it has one, its bias [V].
     """
-    weight, bias = (*head, None)[:2]
-    result: tuple[Tensor, Tensor, Tensor] = LinearExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        implementation, ignore_index, label_smoothing, target, weight, bias, *hidden
+    weight, bias = head[0], head[1] if len(head) > 1 else None
+    if is_traced():
+        logits = [_logits(each, weight, bias, softcap) for each in hidden]
+        results = composite.forward(logits, target, ignore_index, label_smoothing)
+        sums = [each.logsumexp(1).to(results[0].dtype) for each in logits]
+        return *results, counted(torch.stack(sums, 1), target, ignore_index)
+    implementation = choose_linear(hidden)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = LinearExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        implementation, ignore_index, label_smoothing, softcap, target, weight, bias, *hidden
     )
     return result
 
@@ -48,37 +61,44 @@ class LinearExitCrossEntropy(torch.autograd.Function):
         implementation: str,
         ignore_index: int | None,
         label_smoothing: float,
+        softcap: float | None,
         target: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         *hidden: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Losses, confidence and correctness [N, K]; keeps two numbers for each row of logits."""
-        ctx.implementation, ctx.rest = implementation, (ignore_index, label_smoothing)
+        """The results [N, K]; keeps two numbers for each row of logits."""
+        ctx.implementation, ctx.softcap = implementation, softcap
+        ctx.rest = ignore_index, label_smoothing
         parts = []
         buffer = _buffer(hidden, weight)
         for _, rows, repeated in _chunks(hidden, target):
-            logits = _logits_into(buffer, rows, weight, bias)
+            logits = _logits_into(buffer, rows, weight, bias, softcap)
             *results, _ = kernel_forward(
                 implementation, [logits], repeated, ignore_index, label_smoothing, keep=False
             )
             parts.append([each.view(len(hidden), -1).t() for each in results])
         losses, confidence, correct, peak = (torch.cat(part) for part in zip(*parts, strict=True))
+        normaliser = counted(peak - confidence.log(), target, ignore_index)
         ctx.mark_non_differentiable(confidence, correct)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(peak, confidence, target, weight, bias, *hidden)
         ctx.save_for_forward(target, weight, bias, *hidden)
-        return losses, confidence, correct
+        return losses, confidence, correct, normaliser
 
     @staticmethod
-    def backward(ctx: Context, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """With d = upstream·(p − q), by chunks: d·W for each row, Σ dᵀ·h and Σ d in float32."""
+    def backward(
+        ctx: Context, of_losses: Tensor | None, _: None, __: None, of_normaliser: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """With d the logits' gradient, by chunks: d·W for each row, Σ dᵀ·h and Σ d in float32."""
         peak, confidence, target, weight, bias, *hidden = ctx.saved_tensors
-        if upstream is None:
-            return (None,) * (6 + len(hidden))
+        given = [each for each in (of_losses, of_normaliser) if each is not None]
+        if not given:
+            return (None,) * (7 + len(hidden))
+        upstream = sum(given[1:], given[0])  # of p; and of −q those of the losses alone
         inputs = [each for each in (upstream, weight, bias, *hidden) if each is not None]
         plain = not torch.is_grad_enabled() and is_plain(*inputs)
-        to_weight, to_bias, *to_hidden = ctx.needs_input_grad[4:]
+        to_weight, to_bias, *to_hidden = ctx.needs_input_grad[5:]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for_weight = torch.zeros_like(weight, dtype=dtype) if to_weight else None
         for_bias = torch.zeros_like(bias, dtype=dtype) if to_bias else None
@@ -86,9 +106,11 @@ class LinearExitCrossEntropy(torch.autograd.Function):
         buffer = _buffer(hidden, weight) if plain else None
         parts = []
         for chunk, rows, repeated in _chunks(hidden, target):
-            g = upstream[chunk].t().reshape(-1)
+            g = upstream[chunk].t().reshape(-1, 1)
+            h = None if of_normaliser is None else of_normaliser[chunk].t().reshape(-1, 1)
             if buffer is not None:
-                logits = _logits_into(buffer, rows, weight, bias)
+                logits = _logits_into(buffer, rows, weight, bias, ctx.softcap)
+                bend = None if ctx.softcap is None else _bend(logits, ctx.softcap)
                 m, c = (each[chunk].t().reshape(1, -1) for each in (peak, confidence))
                 # Of these logits only the exponentials are needed: in place, they take no memory.
                 in_place = ctx.implementation == "torch" and logits.dtype == dtype
@@ -96,10 +118,19 @@ class LinearExitCrossEntropy(torch.autograd.Function):
                     logits.sub_(m.t()).exp_()
                 peaks = None if in_place else m
                 arguments = ctx.implementation, [logits], repeated, *rest
-                (d,) = kernel_backward(*arguments, peaks, c, g.unsqueeze(0), in_place)
+                (d,) = kernel_backward(*arguments, peaks, c, g.t(), in_place)
+                if h is not None:
+                    _add_target(d, repeated, rest, h)
+                if bend is not None:
+                    d *= bend
             else:
-                logits = F.linear(rows, weight, bias)
-                d = (derivative(logits, repeated, *rest) * g.unsqueeze(1)).to(logits.dtype)
+                logits = _logits(rows, weight, bias, ctx.softcap)
+                d = derivative(logits, repeated, *rest) * g
+                if h is not None:
+                    d = d + h * _target(d, repeated, rest)
+                if ctx.softcap is not None:
+                    d = d * _bend(logits, ctx.softcap)
+                d = d.to(logits.dtype)
             if any(to_hidden):
                 parts.append((d @ weight).chunk(len(hidden)))
             if for_bias is not None:
@@ -114,7 +145,7 @@ class LinearExitCrossEntropy(torch.autograd.Function):
                 for_weight += d.t() @ rows
         for_hidden: list[Tensor | None] = [torch.cat(part) for part in zip(*parts, strict=True)]
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             None if for_weight is None else for_weight.to(weight.dtype),
             None if for_bias is None else for_bias.to(bias.dtype),
             *(for_hidden or [None] * len(hidden)),
@@ -122,24 +153,30 @@ class LinearExitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Context, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """⟨p − q, dz⟩ for each row, with dz = dh·Wᵀ + h·dWᵀ + db."""
+        """⟨p − q, dz⟩ and ⟨p, dz⟩ of each row, dz = dh·Wᵀ + h·dWᵀ + db but for the cap's slope."""
         target, weight, bias, *hidden = ctx.saved_tensors
-        d_weight, d_bias, *d_hidden = tangents[4:]
+        d_weight, d_bias, *d_hidden = tangents[5:]
         moved = [
             torch.zeros_like(h) if d is None else d for h, d in zip(hidden, d_hidden, strict=True)
         ]
-        products = []
+        rest: tuple[int | None, float] = ctx.rest
+        parts = []
         for chunk, rows, repeated in _chunks(hidden, target):
             dz = torch.cat([each[chunk] for each in moved]) @ weight.t()
             if d_weight is not None:
                 dz = dz + rows @ d_weight.t()
             if d_bias is not None:
                 dz = dz + d_bias
-            logits = F.linear(rows, weight, bias)
-            slope = derivative(logits, repeated, *ctx.rest)
-            product = counted((slope * dz).sum(1), repeated, ctx.rest[0])
-            products.append(product.view(len(hidden), -1).t())
-        return torch.cat(products), None, None
+            logits = _logits(rows, weight, bias, ctx.softcap)
+            if ctx.softcap is not None:
+                dz = dz * _bend(logits, ctx.softcap)
+            slope = derivative(logits, repeated, *rest)
+            of_losses = (slope * dz).sum(1)
+            of_normaliser = of_losses + (_target(slope, repeated, rest) * dz).sum(1)
+            both = (counted(each, repeated, rest[0]) for each in (of_losses, of_normaliser))
+            parts.append([each.view(len(hidden), -1).t() for each in both])
+        losses, normaliser = (torch.cat(part) for part in zip(*parts, strict=True))
+        return losses, None, None, normaliser
 
 
 def _chunks(hidden: Sequence[Tensor], target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -161,8 +198,41 @@ def _buffer(hidden: Sequence[Tensor], weight: Tensor) -> Tensor:
     return weight.new_empty(num_rows, len(weight))
 
 
-def _logits_into(buffer: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _logits_into(
+    buffer: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> Tensor:
     out = buffer[: len(rows)]
     if bias is None:
-        return torch.mm(rows, weight.t(), out=out)
-    return torch.addmm(bias, rows, weight.t(), out=out)
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits [N, V], differentiable: softcap·tanh(z / softcap) of z = rows·Wᵀ + b."""
+    logits = F.linear(rows, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _bend(logits: Tensor, softcap: float) -> Tensor:
+    """The cap's slope, from the capped logits."""
+    return 1 - (logits / softcap) ** 2
+
+
+def _target(like: Tensor, target: Tensor, rest: tuple[int | None, float]) -> Tensor:
+    """The distribution q of each row; 0 where the target is ignored."""
+    ignore_index, label_smoothing = rest
+    is_target = torch.arange(like.shape[1], device=like.device) == target.unsqueeze(1)
+    q = (1 - label_smoothing) * is_target.to(like.dtype) + label_smoothing / like.shape[1]
+    return counted(q, target, ignore_index)
+
+
+def _add_target(d: Tensor, target: Tensor, rest: tuple[int | None, float], h: Tensor) -> None:
+    """Add h·q to d, with no matrix of the size of d."""
+    ignore_index, label_smoothing = rest
+    h = counted(h, target, ignore_index).to(d.dtype)
+    index = counted(target, target, ignore_index, 0).unsqueeze(1)
+    d.scatter_add_(1, index, (1 - label_smoothing) * h)
+    if label_smoothing:
+        d += label_smoothing / d.shape[1] * h

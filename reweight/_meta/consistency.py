@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reweight._meta.problem import Known, MetaProblem
+from reweight._meta.problem import Known, MetaProblem, relative_difference
 from reweight._optimizers.accepted import Parameters
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
-from reweight._ranks.collectives import gather, num_ranks
-from reweight._ranks.shards import local, num_copies
+from reweight._ranks.collectives import gather, local, num_ranks
+from reweight._ranks.shards import num_copies
 
 
 def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
@@ -47,12 +47,6 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     sums = torch.stack(dots)
     sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
-
-
-def relative_difference(parts: Tensor) -> Tensor:
-    """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
-    forward, backward, size = parts.sum(0)
-    return torch.where(size > 0, (forward - backward).abs() / size, 0)
 
 
 def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:

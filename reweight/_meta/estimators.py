@@ -30,8 +30,8 @@ from reweight._passes.forward_mode import (
     tangents_follow_gradients,
 )
 from reweight._passes.ladder import Ladder, NotCompiledError
-from reweight._ranks.collectives import sums_over_ranks
-from reweight._ranks.shards import is_sharded, sharded_modules, whole
+from reweight._ranks.collectives import is_sharded, sums_over_ranks
+from reweight._ranks.shards import sharded_modules, whole
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
-from reweight._meta.consistency import relative_difference
 from reweight._meta.guarded_step import Snapshot, are_finite, step_where
-from reweight._meta.problem import Hypergradient, gradients_of
+from reweight._meta.problem import Hypergradient, gradients_of, relative_difference
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
 from reweight._passes.forward import LossFunction
 from reweight._ranks.collectives import gather, joined, require_same, sums_by_name

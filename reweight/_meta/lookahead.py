@@ -22,8 +22,8 @@ from reweight._optimizers.accepted import (
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
 from reweight._passes.snapshots import Beginning
-from reweight._ranks.collectives import num_ranks
-from reweight._ranks.shards import is_sharded, require_reduced
+from reweight._ranks.collectives import is_sharded, num_ranks
+from reweight._ranks.shards import require_reduced
 from reweight.batches import Batch, drawn_rows
 from reweight.losses import ExitLosses
 from reweight.objectives import Objective

@@ -13,8 +13,8 @@ from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning
-from reweight._ranks.collectives import num_ranks, sums_by_name
-from reweight._ranks.shards import is_sharded, parameters_of
+from reweight._ranks.collectives import is_sharded, num_ranks, sums_by_name
+from reweight._ranks.shards import parameters_of
 from reweight.batches import Batch, num_samples, rows_of
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
@@ -287,3 +287,9 @@ class MetaProblem:
     def unscaled(self, gradient: Tensor) -> Tensor:
         """What came of it, back in its own size."""
         return gradient if self.grad_scale is None else gradient / self.grad_scale.to(gradient)
+
+
+def relative_difference(parts: Tensor) -> Tensor:
+    """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
+    forward, backward, size = parts.sum(0)
+    return torch.where(size > 0, (forward - backward).abs() / size, 0)

@@ -15,7 +15,8 @@ from torchopt.base import GradientTransformation
 from reweight._checks import kind
 from reweight._optimizers.rules import Group
 from reweight._optimizers.scalars import Refused
-from reweight._ranks.shards import is_sharded, parameters_of
+from reweight._ranks.collectives import is_sharded
+from reweight._ranks.shards import parameters_of
 
 _logger = logging.getLogger("reweight")
 

@@ -20,7 +20,8 @@ from reweight._optimizers.accepted import (
     groups_of,
 )
 from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._ranks.shards import local, shard_like
+from reweight._ranks.collectives import local
+from reweight._ranks.shards import shard_like
 
 
 def pseudo_update(

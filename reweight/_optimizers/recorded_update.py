@@ -10,7 +10,8 @@ from torch import Tensor, optim
 from reweight._optimizers.accepted import why_not
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.verification import kinds, verify
-from reweight._ranks.shards import local, shard_like
+from reweight._ranks.collectives import local
+from reweight._ranks.shards import shard_like
 
 
 class _Verified(NamedTuple):

@@ -29,7 +29,7 @@ from reweight._optimizers.operations import (
     tensors_in,
 )
 from reweight._optimizers.scalars import Number, NumbersKept, Refused
-from reweight._ranks.shards import is_sharded, local
+from reweight._ranks.collectives import is_sharded, local
 
 Geometry: TypeAlias = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
 

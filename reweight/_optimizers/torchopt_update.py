@@ -11,7 +11,7 @@ from torch import Tensor
 from torchopt.base import UninitializedState
 from torchopt.transform.scale_by_adadelta import ScaleByAdadeltaState
 
-from reweight._ranks.shards import local
+from reweight._ranks.collectives import local
 
 
 def by_torchopt(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn, optim
 from torch.overrides import TorchFunctionMode
 
-from reweight._ranks.shards import is_sharded
+from reweight._ranks.collectives import is_sharded
 
 Alias = Callable[[Tensor], Tensor]
 

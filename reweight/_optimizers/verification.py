@@ -26,7 +26,8 @@ from reweight._optimizers.recorded_step import (
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.twin import Alias, twin
-from reweight._ranks.shards import local, shard_like, whole
+from reweight._ranks.collectives import local
+from reweight._ranks.shards import shard_like, whole
 
 _logger = logging.getLogger("reweight")
 

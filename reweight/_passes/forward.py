@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from reweight._checks import check_function
+from reweight._kernels.function import logits_kept
 from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.shards import placed
 from reweight.batches import Batch, copied, describe, tensors_of
-from reweight.losses import ExitLosses, exit_cross_entropy, logits_kept
+from reweight.losses import ExitLosses, exit_cross_entropy
 
 LossFunction: TypeAlias = Callable[[Any, Any], ExitLosses | Tensor]
 FeatureFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -50,9 +51,10 @@ class ExitForward:
         self._model, self._inner, self._exits, self._loss = model, inner, exits, loss
         self._features, self._is_plain = features, loss is exit_cross_entropy
         self.compiled = compiled
-        # Of a model whose targets stand elsewhere than its outputs, as a causal one's do.
-        aligns = (vars(module).get("align_target") for module in inner.modules())
-        self._align = next((each for each in aligns if callable(each)), None)
+        # Of a model whose targets stand elsewhere than its outputs, as a causal one's do, or that
+        # has a loss of its own beside them, as a mixture of experts has.
+        self._align = held_by_a_part(inner, "align_target")
+        self._auxiliary = held_by_a_part(inner, "auxiliary_of_forward")
         self._changes_batches: bool | None = None  # in place; not known before the first forward
         self._renormed = [  # whose weights a forward scales in place, to a bounded norm
             module
@@ -210,6 +212,10 @@ class ExitForward:
                 "`loss` must return ExitLosses or a tensor of losses [samples, exits], got "
                 f"{type(result).__name__}."
             )
+        own = None if self._auxiliary is None else self._auxiliary()
+        if own is not None:
+            both = own if exit_losses.auxiliary is None else exit_losses.auxiliary + own
+            exit_losses = exit_losses._replace(auxiliary=both)
         for name in ("confidence", "features"):
             beside = getattr(exit_losses, name)
             if beside is not None:
@@ -243,6 +249,12 @@ def _check_fields(losses: ExitLosses) -> None:
             "`loss` must return ExitLosses with `auxiliary` a scalar, got "
             f"{list(auxiliary.shape)}. Add up its terms, or take their mean."
         )
+
+
+def held_by_a_part(model: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The callable attribute of this name that the model or a module of it has on itself."""
+    found = (vars(module).get(name) for module in model.modules())
+    return next((each for each in found if callable(each)), None)
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

@@ -6,6 +6,7 @@ here gives back what it was given.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from reweight._ranks.shards import is_sharded
 
 _GROUP: ContextVar[Any] = ContextVar("group", default=None)
 
@@ -139,3 +138,15 @@ def _fingerprint(fact: Any) -> int:
             value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
     return int.from_bytes(digest.digest()[:8], "big", signed=True)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part."""
+    loaded = sys.modules.get("torch.distributed.tensor")  # slow to import, for nothing mostly
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, without a graph, or a plain tensor as it is."""
+    result: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return result

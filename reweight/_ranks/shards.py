@@ -15,24 +15,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from reweight._ranks.collectives import is_sharded, local
 from reweight._structure import Structure, structure_of
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which this rank holds a part."""
-    loaded = sys.modules.get("torch.distributed.tensor")  # slow to import, for nothing mostly
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, or a plain one as it is."""
     result: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return result
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, without a graph, or a plain tensor as it is."""
-    result: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return result
 
 

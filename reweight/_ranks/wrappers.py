@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reweight._checks import kind
-from reweight._ranks.shards import is_sharded, parameters_of, sharded_modules
+from reweight._ranks.collectives import is_sharded
+from reweight._ranks.shards import parameters_of, sharded_modules
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:

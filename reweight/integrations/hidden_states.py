@@ -1,11 +1,13 @@
 """Exits from the hidden states of a transformers model, and labels as its collators give them."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reweight._passes.forward import held_by_a_part
 from reweight.batches import tensors_of
 
 IGNORED = -100  # the label of a token that does not count, in transformers
@@ -38,11 +40,11 @@ class LabelShift:
     @classmethod
     def of(cls, model: nn.Module) -> "LabelShift | None":
         """That of the model or of a part of it, which the step finds by itself."""
-        found = (vars(module).get("align_target") for module in model.modules())
-        return next((each for each in found if isinstance(each, cls)), None)
+        found = held_by_a_part(model, "align_target")
+        return found if isinstance(found, cls) else None
 
 
-def _repeats(inputs: Any, labels: Any) -> bool | None:
+def _repeats(inputs: tuple[Any, Any], labels: Any) -> bool | None:
     """Whether labels are the tokens of the inputs; None if none of them counts."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() < 2:
         return False
@@ -50,7 +52,57 @@ def _repeats(inputs: Any, labels: Any) -> bool | None:
     if not counts.any():
         return None
     likes = [x for x in tensors_of(inputs) if x.shape == labels.shape and x.dtype == labels.dtype]
-    return any(torch.equal(torch.where(counts, labels, x), x) for x in likes)
+    if any(torch.equal(torch.where(counts, labels, x), x) for x in likes):
+        return True
+    if isinstance(inputs[0], Mapping) and "inputs_embeds" in inputs[0]:
+        raise ValueError(
+            "`shift_labels` must be True or False where `inputs_embeds` take the place of tokens, "
+            "got None: whether labels repeat the tokens cannot be seen. True if they do."
+        )
+    return False
+
+
+class RouterLoss:
+    """The loss by which a mixture of experts balances its routers, of the forward that ran last.
+
+    It is the model's own, times its ``router_aux_loss_coef``, and is there where the model's own
+    loss has it: with ``output_router_logits=True`` in its config. Asking takes it away, graph and
+    all.
+    """
+
+    def __init__(self) -> None:
+        self.found: Tensor | None = None
+
+    def __call__(self) -> Tensor | None:
+        """A scalar with a graph, or None."""
+        found, self.found = self.found, None
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"found": None}  # no copy has a graph
+
+    def look(self, backbone: nn.Module, output: Any, mask: Tensor | None) -> None:
+        """Take it from what the backbone returns."""
+        self.found = None
+        config: Any = getattr(backbone, "config", None)
+        found, logits = (getattr(output, name, None) for name in ("aux_loss", "router_logits"))
+        if found is None and not logits and not getattr(config, "output_router_logits", False):
+            return
+        config = getattr(config, "text_config", config)
+        coefficient = getattr(config, "router_aux_loss_coef", None)
+        if found is None and logits:  # whoever has a head, and no other, computes it
+            module = sys.modules[type(backbone).__module__]
+            balance = getattr(module, "load_balancing_loss_func", None)
+            num = getattr(config, "num_local_experts", getattr(config, "num_experts", None))
+            if balance is not None and num is not None:
+                found = balance(logits, num, config.num_experts_per_tok, mask)
+        if found is None or coefficient is None:
+            raise ValueError(
+                "`backbone` must say how its routers are balanced, as Mixtral and Qwen-MoE do, got "
+                f"{type(backbone).__name__}. Load it with output_router_logits=False, and give a "
+                "loss of yours as `auxiliary` of ExitLosses."
+            )
+        self.found = coefficient * found
 
 
 class HiddenStateExits(nn.Module):
@@ -58,7 +110,8 @@ class HiddenStateExits(nn.Module):
 
     Of an encoder for texts, images or audio, of a decoder, or of the decoder of a model with both.
     The norm that follows the last layer also comes before every earlier exit, so that all heads see
-    what the last one does.
+    what the last one does. Router losses of a mixture of experts are added to L_tr as they are,
+    where its own loss has them; in a loop of your own, ask for them by ``auxiliary_of_forward()``.
 
     Args:
         backbone: called with ``output_hidden_states=True``; its ``hidden_states[0]`` are the
@@ -75,11 +128,11 @@ class HiddenStateExits(nn.Module):
             ``nn.Identity()`` for none.
         shift_labels: whether labels [B, T] are moved by one position, as a causal model does with
             them. Default None: if those of the first batch are its ``input_ids``, as collators for
-            causal models give them, wherever they count.
+            causal models give them, wherever they count; with ``inputs_embeds`` it must be said.
 
     Raises:
         ValueError: there is no layer, or not one head for each; or the backbone leaves out layers
-            by chance.
+            by chance, or balances routers in a way that is not known.
     """
 
     def __init__(
@@ -106,7 +159,7 @@ class HiddenStateExits(nn.Module):
                 )
         self.backbone, self.layers, self.pooled = backbone, tuple(layers), pooled
         self.heads, self.norm = heads, norm
-        self.align_target = LabelShift(shift_labels)
+        self.align_target, self.auxiliary_of_forward = LabelShift(shift_labels), RouterLoss()
         self._norm_name: str | None = None  # in the backbone; "" for none
 
     def forward(
@@ -132,6 +185,7 @@ class HiddenStateExits(nn.Module):
             (output, every), self._norm_name = _with_final_norm(self.backbone, run)
         else:
             output, every = run()
+        self.auxiliary_of_forward.look(self.backbone, output, attention_mask)
         states = [self._normed(every, layer, output) for layer in self.layers]
         # Feature maps [B, H, height, width] are rows of tokens too.
         states = [x.flatten(2).transpose(1, 2) if x.dim() > 3 else x for x in states]
@@ -148,8 +202,8 @@ class HiddenStateExits(nn.Module):
         state, norm = states[layer], self.norm
         if norm is None and self._norm_name and state.shape == states[-1].shape:
             norm = self.backbone.get_submodule(self._norm_name)
-        # transformers gives most models' last state as it leaves the norm.
-        is_last = state is getattr(output, "last_hidden_state", None)
+        # transformers gives most models' last state as it leaves the norm, to a head as well.
+        is_last = state is getattr(output, "last_hidden_state", states[-1])
         return state if norm is None or is_last else norm(state)
 
     def _kept(self, state: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import TrainerCallback
 
 from reweight._checks import kind
+from reweight._passes.forward import held_by_a_part
 from reweight.batches import describe
 from reweight.integrations.hidden_states import IGNORED, HiddenStateExits, LabelShift
 from reweight.integrations.meta_batches import check_meta, meta_batches
@@ -33,9 +34,10 @@ class MetaReweight(TrainerCallback):
     and backward, on its batch and the next of ``meta``. The look-ahead knows ``max_grad_norm``,
     what is accumulated, and the scaling by ``num_items_in_batch``. Checkpoints hold the reweighter
     as ``reweight.pt``. On several processes the step is that of their batches joined.
-    ``reweight.result`` is that of the last step. In evaluation the loss is the plain one, with
-    weights of 1. Labels that repeat ``input_ids``, as those of collators for causal models do, are
-    shifted as transformers does.
+    ``reweight.result`` is that of the last step. In evaluation the loss is the plain one, learned
+    weights being 1: means by weights of your own, and auxiliary losses, are as in training. Labels
+    that repeat ``input_ids``, as those of collators for causal models do, are shifted as
+    transformers does.
 
     Args:
         reweighter: as of ``MetaReweightStep``.
@@ -77,9 +79,10 @@ class MetaReweight(TrainerCallback):
         self._hidden: tuple[nn.Module, Any] | None = None  # and what the model had on itself
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look how the model takes its labels."""
+        """Look how the model takes its labels, and for a loss beside its exits."""
         found = LabelShift.of(kwargs["model"])
         self._shift, self._is_own_shift = found or LabelShift(), found is None
+        self._auxiliary = held_by_a_part(kwargs["model"], "auxiliary_of_forward")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the step, and go on from the checkpoint that the Trainer goes on from."""
@@ -171,10 +174,10 @@ class MetaReweight(TrainerCallback):
                 )
             got = describe(inputs)
             raise ValueError(f"A batch of the Trainer must have `labels`, got {got}.{remedy}")
-        averages = num_items_in_batch is not None and self._averages()
         if inputs is None:  # the Trainer adds up what it takes for parts of a mean
+            averages = num_items_in_batch is not None and self._averages()
             return self._plain_loss(outputs, labels) / (dist.get_world_size() if averages else 1)
-        share = self._share(labels, num_items_in_batch)
+        share, own_share = self._shares(labels, num_items_in_batch)
         if self._is_own_shift:
             labels = self._shift(inputs, labels)
         if self.step is None:
@@ -187,7 +190,7 @@ class MetaReweight(TrainerCallback):
             target = self._shift(meta, target)
         self.num_meta += 1
         self.result = self.step.backward((inputs, labels), (meta, target), scale=share)
-        loss = share * self.result.train_loss * (1 if averages else self._args.world_size)
+        loss: Tensor = own_share * self.result.train_loss
         return loss.detach().requires_grad_().clone()  # of no parameter: its backward moves none
 
     def _averages(self) -> bool:
@@ -195,18 +198,22 @@ class MetaReweight(TrainerCallback):
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return several and getattr(self._args, "average_tokens_across_devices", True)
 
-    def _share(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-        """This batch's share of what the Trainer takes the mean over, in labels of all ranks."""
+    def _shares(self, labels: Tensor, num_items: Tensor | int | None) -> tuple[Any, Any]:
+        """Of all that the Trainer takes a mean over, the share of this batch on all ranks; on this.
+
+        In labels. The former scales the gradient, the latter the loss that the Trainer reports.
+        """
         if num_items is None:
-            return 1.0
+            return 1.0, 1.0
         counts = (labels[..., 1:] if self._shifts_counts else labels) != IGNORED
         sums = torch.stack([counts.sum(), torch.as_tensor(num_items, device=labels.device)])
         sums = sums.to(torch.float32 if sums.device.type == "mps" else torch.float64)
+        own = sums[0] / sums[1].clamp(min=1)
         if self._args.world_size > 1:
             total = sums[1].clone()
             dist.all_reduce(sums)
             sums[1] = total if self._averages() else sums[1]  # of all ranks already, or not yet
-        return sums[0] / sums[1].clamp(min=1)
+        return sums[0] / sums[1].clamp(min=1), own
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state of the step into the Trainer's checkpoint: aside, then renamed."""
@@ -235,6 +242,8 @@ class MetaReweight(TrainerCallback):
         result = loss(outputs if exits is None else exits(outputs), labels)
         losses = result if isinstance(result, ExitLosses) else ExitLosses(result)
         plain = losses.mean_over_samples(losses.losses).sum()
+        for beside in (losses.auxiliary, self._auxiliary and self._auxiliary()):
+            plain = plain if beside is None else plain + beside
         # The Trainer takes the first of what is no dict for the loss, and the rest for predictions.
         if isinstance(outputs, list):
             outputs.insert(0, plain)

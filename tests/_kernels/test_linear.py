@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import make_logits
@@ -91,6 +92,14 @@ def test_the_flop_counter_counts_the_products() -> None:
         ({"target": torch.rand(6, 9)}, TypeError, "class indices"),
         ({"hidden": torch.zeros(5, 5)}, ValueError, "`hidden` of exit 0"),
         ({"label_smoothing": 2.0}, ValueError, "`label_smoothing`"),
+        ({"softcap": 0.0}, ValueError, "`softcap` must be positive"),
+        ({"z_loss": "1"}, TypeError, "`z_loss` must be a number"),
+        ({"class_weight": torch.ones(8)}, ValueError, r"`class_weight` must have the shape \[9\]"),
+        (
+            {"class_weight": torch.ones(9), "label_smoothing": 0.1},
+            ValueError,
+            "`label_smoothing` must be 0 beside `class_weight`",
+        ),
     ],
 )
 def test_bad_input_of_the_linear_form_is_named(arguments, error, message) -> None:
@@ -98,3 +107,79 @@ def test_bad_input_of_the_linear_form_is_named(arguments, error, message) -> Non
     good["target"] = good["target"].long()
     with pytest.raises(error, match=message):
         linear_exit_cross_entropy(**(good | arguments))
+
+
+def capped(z: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+OPTIONS = [
+    {"softcap": 2.0},
+    {"z_loss": 0.3},
+    {"z_loss": 0.3, "label_smoothing": 0.2},
+    {"class_weight": True},
+    {"class_weight": True, "softcap": 2.0, "z_loss": 0.3},
+]
+
+
+def linear_twin(
+    exits, weight, bias, target, *, softcap=None, z_loss=0.0, class_weight=None, label_smoothing=0.0
+) -> torch.Tensor:
+    """The losses [B, K], written out."""
+    columns = []
+    for hidden in exits:
+        z = capped(hidden.flatten(0, -2) @ weight.t() + bias, softcap)
+        loss = torch.nn.functional.cross_entropy(
+            z, target.flatten(), class_weight, reduction="none", label_smoothing=label_smoothing
+        )
+        counts = target.flatten() != -100
+        columns.append(loss + torch.where(counts, z_loss * z.logsumexp(1).square(), 0))
+    return torch.stack(columns, 1)
+
+
+def linear_case(options, dtype):
+    _, exits, target = make_logits("tokens")
+    target.view(-1)[2] = -100
+    exits = [each.detach().to(dtype).requires_grad_() for each in exits]
+    head = torch.nn.Linear(5, 9, dtype=dtype)
+    if "class_weight" in options:
+        options = options | {"class_weight": torch.rand(9, dtype=dtype)}
+    inputs = [*exits, head.weight, head.bias]
+
+    def ours(*inputs):
+        *exits, weight, bias = inputs
+        return linear_exit_cross_entropy(exits, weight, target, bias, **options).losses
+
+    def twin(*inputs):
+        *exits, weight, bias = inputs
+        return linear_twin(exits, weight, bias, target, **options)
+
+    return ours, twin, inputs
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_caps_normalisers_and_class_weights_are_those_of_the_logits(options, dtype) -> None:
+    """Values, gradients, tangents and the gradient of a gradient."""
+    ours, twin, inputs = linear_case(options, dtype)
+    tangents = tuple(torch.randn_like(each) for each in inputs)
+    seen = []
+    for function in (ours, twin):
+        losses = function(*inputs)
+        upstream = torch.linspace(-1, 1, losses.numel(), dtype=dtype).view_as(losses)
+        plain = torch.autograd.grad(losses, inputs, upstream, retain_graph=True)
+        graph = torch.autograd.grad(losses, inputs, upstream, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in graph), inputs)
+        with forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, inputs, tangents)
+            tangent = forward_ad.unpack_dual(function(*duals)).tangent
+        seen.append((losses, plain, graph, second, tangent))
+    torch.testing.assert_close(*seen)
+
+
+def test_under_transforms_and_compilers_they_are_the_same() -> None:
+    ours, twin, inputs = linear_case(OPTIONS[-1], torch.float64)
+    inputs = [each.detach() for each in inputs]
+    jacobians = (torch.func.jacrev(f, tuple(range(len(inputs))))(*inputs) for f in (ours, twin))
+    torch.testing.assert_close(*jacobians)

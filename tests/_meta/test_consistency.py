@@ -7,33 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from cases import Fixed
+from cases import Fixed, HalvedBackward
 from reweight import MeanObjective, MetaReweightStep
-from reweight._meta.consistency import Later, blame, relative_difference
+from reweight._meta.consistency import Later, blame
 
 ESTIMATORS = ["forward", "finite_difference", "unrolled"]
-
-
-class Scaled(torch.autograd.Function):
-    """The backward is not the derivative of the forward, but half of it; it can be switched on."""
-
-    on = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, cotangent: Tensor) -> Tensor:
-        return cotangent * (0.5 if Scaled.on else 1)
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
-        return tangent.clone()
 
 
 class Net(nn.Module):
@@ -42,7 +20,7 @@ class Net(nn.Module):
         self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(Scaled.apply(self.first(x).tanh())).tanh())
+        return self.head(self.second(HalvedBackward.apply(self.first(x).tanh())).tanh())
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -68,7 +46,7 @@ def make(model: nn.Module | None = None, lr: float = 0.1, **options) -> MetaRewe
 
 @pytest.fixture(autouse=True)
 def right_backward(monkeypatch) -> None:
-    monkeypatch.setattr(Scaled, "on", False)
+    monkeypatch.setattr(HalvedBackward, "on", False)
 
 
 @pytest.mark.parametrize("lagged", [False, True])
@@ -87,7 +65,7 @@ def test_the_difference_of_a_right_backward_is_rounding(estimator: str, lagged: 
 
 @pytest.mark.parametrize("estimator", ["forward", "finite_difference"])
 def test_the_difference_of_a_wrong_backward_is_reported(estimator: str, monkeypatch) -> None:
-    monkeypatch.setattr(Scaled, "on", True)
+    monkeypatch.setattr(HalvedBackward, "on", True)
     step = make(estimator=estimator)
     with pytest.warns(UserWarning, match="do not agree with the backward"):
         result = step.backward(batch(1), batch(2))
@@ -95,7 +73,7 @@ def test_the_difference_of_a_wrong_backward_is_reported(estimator: str, monkeypa
 
 
 def test_the_warning_names_the_parameters_that_it_comes_from(monkeypatch) -> None:
-    monkeypatch.setattr(Scaled, "on", True)
+    monkeypatch.setattr(HalvedBackward, "on", True)
     with pytest.warns(UserWarning, match="do not agree") as caught:
         make().backward(batch(1), batch(2))
     assert "through first.weight, first.bias. " in str(caught[0].message)
@@ -104,14 +82,14 @@ def test_the_warning_names_the_parameters_that_it_comes_from(monkeypatch) -> Non
 def test_what_goes_wrong_later_is_told_at_the_next_update(monkeypatch) -> None:
     step = make()
     step.backward(batch(1), batch(2))
-    monkeypatch.setattr(Scaled, "on", True)
+    monkeypatch.setattr(HalvedBackward, "on", True)
     step.backward(batch(1), batch(2))  # nothing waits for what its check came to
     with pytest.warns(UserWarning, match="do not agree with the backward"):
         step.backward(batch(1), batch(2))
 
 
 def test_after_three_failures_auto_takes_another_way_and_says_so(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(Scaled, "on", True)
+    monkeypatch.setattr(HalvedBackward, "on", True)
     step = make()
     with pytest.warns(UserWarning, match="do not agree"):
         step.backward(batch(1), batch(2))
@@ -134,7 +112,7 @@ def test_a_single_failure_is_not_counted_with_others(monkeypatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for on in (True, False, False, True, False, False, True, False):
-            monkeypatch.setattr(Scaled, "on", on)
+            monkeypatch.setattr(HalvedBackward, "on", on)
             step.backward(batch(1), batch(2))
     assert step.estimator == "auto"
 
@@ -164,12 +142,6 @@ def test_learning_from_some_rows_is_checked_now_and_then(monkeypatch) -> None:
     step = make(train_fraction=0.5)
     told = [step.backward(batch(1), batch(2)).backward_difference for _ in range(65)]
     assert [i for i, each in enumerate(told) if each is not None] == [0, 64]
-
-
-def test_relative_difference_of_the_parts_of_ranks() -> None:
-    parts = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 4.0]])
-    assert relative_difference(parts) == 1 / 8
-    assert relative_difference(torch.zeros(2, 3)) == 0
 
 
 def test_blame_finds_the_parameters_by_halves() -> None:

@@ -19,6 +19,7 @@ from cases import (
     make_batch,
     make_model,
     warm_up,
+    warmed,
 )
 from references import (
     budgeted_loss_slowly,
@@ -51,10 +52,8 @@ def learned_gradient(step_at: MetaReweightStep, train, meta) -> Tensor:
 def test_estimators_agree_with_each_other_and_with_differences(
     model_name: str, optimizer_name: str, num_exits: int
 ) -> None:
-    model = make_model(model_name, num_exits)
-    optimizer = OPTIMIZERS[optimizer_name](model)
+    model, optimizer = warmed(model_name, OPTIMIZERS[optimizer_name], num_exits)
     train, meta = make_batch(model_name, seed=1), make_batch(model_name, num_samples=9, seed=2)
-    warm_up(model, optimizer, train)
     reweighter = SampleReweighter(num_exits, num_hidden=3).double()
 
     gradients = {}
@@ -101,20 +100,11 @@ def recorded(model, optimizer, train, meta, **options) -> tuple[Tensor, Tensor]:
     return weights, weights - recording.weights.detach()
 
 
-@pytest.fixture
-def double_precision():
-    """torch.optim counts steps in the default dtype: in float32 it is the reference that rounds."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 def test_equals_double_backward_through_the_stock_optimizer(rule: str) -> None:
-    model, train, meta = make_model("mlp"), make_batch("mlp"), make_batch("mlp", seed=2)
-    optimizer = UPDATE_RULES[rule](model)
-    warm_up(model, optimizer, train, num_steps=8)
+    model, optimizer = warmed("mlp", UPDATE_RULES[rule], num_steps=8)
+    train, meta = make_batch("mlp"), make_batch("mlp", seed=2)
     weights, hypergradient = recorded(model, optimizer, train, meta)
     expected = stock_hypergradient(model, optimizer, weights, train, meta, conventional_loss)
     assert expected.norm() > 1e-8

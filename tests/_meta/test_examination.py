@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from cases import OPTIMIZERS, make_batch, make_model, warm_up
+from cases import OPTIMIZERS, Double, HalvedBackward, make_batch, make_model, warmed
 from reweight import DirectWeights, MetaReweightStep, SampleReweighter, StepCheck
 
 
 def make_step(name: str = "mlp", optimizer: str = "adamw", **options) -> MetaReweightStep:
-    model = make_model(name)
-    its_optimizer = OPTIMIZERS[optimizer](model)
-    warm_up(model, its_optimizer, make_batch(name))
+    model, its_optimizer = warmed(name, OPTIMIZERS[optimizer])
     reweighter = options.pop("reweighter", None) or SampleReweighter(3, num_hidden=4).double()
     return MetaReweightStep(model, its_optimizer, reweighter, **options)
 
@@ -66,44 +64,16 @@ def test_it_says_what_goes_on() -> None:
     assert "at interval=10" in str(found)
 
 
-class Halved(torch.autograd.Function):
-    """A backward that is not the derivative of the forward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient / 2
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent.view_as(tangent)
-
-
-class Doubled(torch.autograd.Function):
-    """Has no forward mode."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-
 def test_it_names_operations_optimizers_hooks_and_warnings() -> None:
     model = make_model("mlp")
-    for block, function in zip(model.blocks, (Halved, Doubled), strict=False):
+    for block, function in zip(model.blocks, (HalvedBackward, Double), strict=False):
         block.append(nn.Identity())
         block[-1].forward = function.apply
     model.exits[0].weight.register_hook(lambda gradient: gradient)
     optimizer = type("Own", (SGD,), {})(model.parameters(), lr=0.1)
     step = MetaReweightStep(model, optimizer, SampleReweighter(3, num_hidden=4).double())
     found = check(step)
-    assert any("Doubled" in name for name in found.operations), found.operations
+    assert any("cases.Double" in name for name in found.operations), found.operations
     assert found.optimizers == ["Own: its own step, recorded and verified"]
     assert found.hooks == ["parameter exits.0.weight"]
     assert any("do not agree with the backward" in message for message in found.messages)

@@ -9,8 +9,7 @@ from torch.optim import SGD, AdamW
 
 from properties import assert_same
 from reweight import ExitLosses, MeanObjective, MetaReweightStep, SampleReweighter
-from reweight._meta.direct import learner_of
-from reweight._meta.predicted import PredictedLearner
+from reweight._meta.learners import PredictedLearner, learner_of
 from reweight._meta.problem import Hypergradient
 from reweight.objectives import MetaLoss
 

@@ -10,7 +10,14 @@ from torch.optim import SGD
 
 from cases import make_batch, make_model
 from reweight import MeanObjective, exit_cross_entropy
-from reweight._meta.problem import FirstForward, MetaProblem, dense, gradients_of, leaves
+from reweight._meta.problem import (
+    FirstForward,
+    MetaProblem,
+    dense,
+    gradients_of,
+    leaves,
+    relative_difference,
+)
 from reweight._optimizers.pseudo_update import pseudo_update
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
@@ -119,3 +126,9 @@ def test_gradients_are_taken_dense_and_only_where_there_are_some() -> None:
     assert set(found) == {"weight"}
     assert found["weight"].tolist() == [[0.0, 0.0], [2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
     assert dense(found["weight"]) is found["weight"]
+
+
+def test_relative_difference_of_the_parts_of_ranks() -> None:
+    parts = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 4.0]])
+    assert relative_difference(parts) == 1 / 8
+    assert relative_difference(torch.zeros(2, 3)) == 0

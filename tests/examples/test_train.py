@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import train
+from ranks import forked, run_torchrun
 from reweight import SampleReweighter
 
 SCRIPT = Path(train.__file__)
@@ -48,12 +48,9 @@ def run(connection: Connection, out: Path) -> None:
 
 
 def start(out: Path) -> tuple[BaseProcess, Connection]:
-    """Forked from one process that has loaded PyTorch, of which each has what it prints."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(sender, out))
-    process.start()
+    """A process, of which each has what it prints."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = forked(run, sender, out)
     sender.close()
     return process, receiver
 
@@ -146,16 +143,11 @@ def test_kill_and_resume_end_bitwise_the_same(killed_after, undisturbed, tmp_pat
 
 def test_two_processes_make_the_same_table(undisturbed, tmp_path) -> None:
     """The perceptron has no BatchNorm: split batches give what whole ones do, but for rounding."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), *SETTINGS, "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy (%)") == 1  # one process alone speaks
-    assert done.stdout.count("reweighted: epoch 3 of 3") == 1
+    out = tmp_path / "out"
+    command = [str(SCRIPT), *SETTINGS, "--out", str(out)]
+    printed = run_torchrun(tmp_path / "output", *command, seconds=120)
+    assert printed.count("test accuracy (%)") == 1  # one process alone speaks
+    assert printed.count("reweighted: epoch 3 of 3") == 1
     for arm in train.ARMS:
         ours, theirs = (
             torch.load(out / f"{arm}.pt", weights_only=True)["model"]

@@ -1,5 +1,6 @@
 """Exits of small random models of transformers, and their labels, against transformers itself."""
 
+import copy
 from inspect import signature
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from cases import TRANSFORMER
 from reweight import (
     MetaReweightStep,
     SampleReweighter,
@@ -16,13 +18,6 @@ from reweight import (
 )
 from reweight.integrations.hidden_states import HiddenStateExits, LabelShift
 
-SMALL = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 SEQ2SEQ = {
     "vocab_size": 20,
     "d_model": 8,
@@ -43,7 +38,7 @@ AUDIO = {
     "mask_time_prob": 0.0,
     "feat_extract_norm": "layer",
 }
-ENCODER = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+ENCODER = {name: value for name, value in TRANSFORMER.items() if name != "vocab_size"}
 
 
 def made(name: str, **options) -> nn.Module:
@@ -84,18 +79,18 @@ SWIN = {
     "window_size": 2,
 }
 MODELS = {
-    "BERT": ("Bert", SMALL, text, ""),
+    "BERT": ("Bert", TRANSFORMER, text, ""),
     "DistilBERT": (
         "DistilBert",
         {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2},
         text,
         "",
     ),
-    "Llama": ("Llama", SMALL, text, "norm"),
+    "Llama": ("Llama", TRANSFORMER, text, "norm"),
     "GPT-2": ("GPT2", {"vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2}, text, "ln_f"),
     "OPT": (
         "OPT",
-        {**SMALL, "ffn_dim": 16, "word_embed_proj_dim": 8},
+        {**TRANSFORMER, "ffn_dim": 16, "word_embed_proj_dim": 8},
         text,
         "decoder.final_layer_norm",
     ),
@@ -164,7 +159,7 @@ def test_stages_of_other_widths_are_left_without_the_last_ones_norm() -> None:
 
 
 def test_the_norm_can_be_given() -> None:
-    backbone, inputs = made("Llama", **SMALL), text()
+    backbone, inputs = made("Llama", **TRANSFORMER), text()
     states = backbone(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(
         HiddenStateExits(backbone, [1], norm=nn.Identity())(**inputs)[0], states[1]
@@ -176,7 +171,7 @@ def test_the_norm_can_be_given() -> None:
 
 
 def test_an_encoder_pools_what_the_mask_keeps() -> None:
-    encoder, inputs = made("Bert", **SMALL), text()
+    encoder, inputs = made("Bert", **TRANSFORMER), text()
     model = HiddenStateExits(encoder, [1, 2], [nn.Linear(8, 3).double() for _ in "ab"], pooled=True)
     found = model(inputs["input_ids"][1:], inputs["attention_mask"][1:])
     states = encoder(inputs["input_ids"][1:, :3], output_hidden_states=True).hidden_states
@@ -200,7 +195,7 @@ def test_audio_pools_what_the_mask_of_its_samples_keeps() -> None:
 
 
 def test_embeddings_in_place_of_tokens() -> None:
-    decoder, inputs = made("Llama", **SMALL), text()
+    decoder, inputs = made("Llama", **TRANSFORMER), text()
     model = HiddenStateExits(decoder, [1, 2], pooled=True)
     wanted = model(**inputs)
     embedded = decoder.embed_tokens(inputs.pop("input_ids"))
@@ -216,7 +211,7 @@ def test_layers_left_out_by_chance_are_refused() -> None:
 
 
 def test_a_decoder_shares_its_head() -> None:
-    backbone, head = made("Llama", **SMALL), nn.Linear(8, 20).double()
+    backbone, head = made("Llama", **TRANSFORMER), nn.Linear(8, 20).double()
     inputs, labels = text(), tokens(2, 5)
     found = linear_exit_cross_entropy(
         HiddenStateExits(backbone, [1, 2])(**inputs), head.weight, labels, head.bias
@@ -235,7 +230,7 @@ class TestLabels:
 
     def language_model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMALL)).double()
+        return LlamaForCausalLM(LlamaConfig(**TRANSFORMER)).double()
 
     def batch(self) -> dict[str, Tensor]:
         """By transformers' own collator: of unequal lengths, padded."""
@@ -282,22 +277,134 @@ class TestLabels:
 
     def test_can_be_said(self) -> None:
         rows = tokens(2, 6)
-        model = HiddenStateExits(made("Llama", **SMALL), [1], shift_labels=False)
+        model = HiddenStateExits(made("Llama", **TRANSFORMER), [1], shift_labels=False)
         assert model.align_target(rows, rows) is rows
         assert model.loss_type is None
         said = HiddenStateExits(model.backbone, [1], shift_labels=True)
         assert said.loss_type == "ForCausalLM"
         assert said.align_target(None, rows)[0, -1] == -100
 
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_must_be_said_where_embeddings_take_the_place_of_tokens(self, mask: bool) -> None:
+        """With a mask too, which is as long as the labels and of their dtype."""
+        lm, rows = self.language_model(), tokens(2, 6)
+        batch = {"inputs_embeds": lm.model.embed_tokens(rows).detach()}
+        batch |= {"attention_mask": torch.ones_like(rows)} if mask else {}
+        wanted = lm(**batch, labels=rows).loss.double()  # of transformers in float32
+        for shift in (None, True):
+            model = HiddenStateExits(lm.model, [2], lm.lm_head, shift_labels=shift)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1).double())
+            if shift is None:
+                with pytest.raises(ValueError, match="`shift_labels` must be True or False"):
+                    step.backward((batch, rows), (batch, rows))
+            else:
+                losses = step.backward((batch, rows), (batch, rows)).losses
+                found = losses.mean_over_samples(losses.losses)[0]
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
     def test_are_found_inside_of_another_model(self) -> None:
         model = nn.Sequential(
-            HiddenStateExits(made("Llama", **SMALL), [1], nn.Linear(8, 20).double())
+            HiddenStateExits(made("Llama", **TRANSFORMER), [1], nn.Linear(8, 20).double())
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         step = MetaReweightStep(model, optimizer, SampleReweighter(num_exits=1).double())
         rows = tokens(2, 6)
         result = step.backward((rows, rows), (rows, rows))
         assert result.losses.valid.view(2, 6)[:, -1].tolist() == [False, False]
+
+
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
+}
+
+
+class TestRouters:
+    """A mixture of experts balances them by a loss of its own, which no weight is for."""
+
+    def language_model(self, name: str, dtype=torch.float64, **options) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {**SMALL, "num_key_value_heads": 2, "router_aux_loss_coef": 0.5, **EXPERTS[name]}
+        config = getattr(transformers, f"{name}Config")(**sizes, **options)
+        if dtype == torch.float64:
+            config._experts_implementation = "eager"  # the default has no float64
+        return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+
+    def batch(self) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(1)
+        inputs = text()
+        return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+    def gradients(self, lm: nn.Module) -> dict[str, Tensor]:
+        found = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+        lm.zero_grad()
+        return found
+
+    def by_the_step(self, lm: nn.Module, backbone: nn.Module, num_exits: int = 1) -> float:
+        """What a step with weights of 1 adds to the gradients; its train loss."""
+        layers, head = [1, 2][-num_exits:], lm.lm_head
+        model = HiddenStateExits(backbone, layers, head, shift_labels=True)
+        options = {"form": "tanh", "average_over": "samples", "strength": 0.0}
+        reweighter = SampleReweighter(num_exits, **options).to(head.weight.dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = MetaReweightStep(model, optimizer, reweighter)
+        result = step.backward(self.batch(), self.batch())
+        assert result.backward_difference < (1e-6 if head.weight.dtype == torch.float64 else 1e-4)
+        return result.train_loss.item()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("name", EXPERTS)
+    def test_their_loss_is_the_models_own(self, name: str, dtype: torch.dtype) -> None:
+        """Of one exit at the end, with weights of 1; transformers takes both in float32."""
+        lm = self.language_model(name, dtype, output_router_logits=True)
+        inputs, labels = self.batch()
+        own = lm(**inputs, labels=labels)
+        assert own.aux_loss > 0.5
+        own.loss.backward()
+        wanted = self.gradients(lm)
+        for backbone in (lm.model, lm):  # which gives its `aux_loss` itself
+            loss = self.by_the_step(lm, backbone)
+            assert loss == pytest.approx(own.loss.item(), rel=1e-5)
+            for each, found in self.gradients(lm).items():
+                torch.testing.assert_close(found, wanted[each], rtol=1e-4, atol=1e-6, msg=each)
+
+    def test_it_is_added_once_whatever_the_number_of_exits(self) -> None:
+        found = []
+        for balanced in (True, False):
+            lm = self.language_model("Mixtral", output_router_logits=balanced)
+            self.by_the_step(lm, lm.model, num_exits=2)
+            found.append(self.gradients(lm))
+        inputs, _ = self.batch()
+        lm = self.language_model("Mixtral")
+        (0.5 * lm(**inputs, output_router_logits=True).aux_loss).backward()
+        for each, alone in self.gradients(lm).items():
+            both = found[1][each] + alone
+            torch.testing.assert_close(found[0][each], both, rtol=1e-4, atol=1e-6, msg=each)
+
+    def test_it_is_asked_for_once_and_no_part_of_a_copy(self) -> None:
+        lm = self.language_model("Mixtral", output_router_logits=True)
+        model, (inputs, _) = HiddenStateExits(lm.model, [2], lm.lm_head), self.batch()
+        model(**inputs)
+        copied = copy.deepcopy(model)
+        assert copied.auxiliary_of_forward() is None
+        own = lm(**inputs).aux_loss
+        torch.testing.assert_close(model.auxiliary_of_forward(), 0.5 * own)
+        assert model.auxiliary_of_forward() is None
+        lm.config.output_router_logits = False
+        model(**inputs)
+        assert model.auxiliary_of_forward() is None
+
+    def test_what_is_not_known_is_refused(self) -> None:
+        torch.manual_seed(0)
+        options = {**T5, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        config = transformers.SwitchTransformersConfig(**options, output_router_logits=True)
+        model = HiddenStateExits(transformers.SwitchTransformersModel(config), [1])
+        with pytest.raises(
+            ValueError, match=r"got SwitchTr.*Load it with output_router_logits=Fal"
+        ):
+            model(**both())
 
 
 def _whitespace():
@@ -309,8 +416,9 @@ def _whitespace():
 
 
 def test_checkpointed_activations_are_the_backbones() -> None:
-    model = HiddenStateExits(BertModel(BertConfig(**SMALL)), [1])
+    model = HiddenStateExits(BertModel(BertConfig(**TRANSFORMER)), [1])
     for name in ("get_input_embeddings", "gradient_checkpointing_enable"):
         assert getattr(model, name) == getattr(model.backbone, name)
     assert "input_ids" in signature(model.forward).parameters
-    assert isinstance(HiddenStateExits(LlamaModel(LlamaConfig(**SMALL)), [1]).config, LlamaConfig)
+    decoder = LlamaModel(LlamaConfig(**TRANSFORMER))
+    assert isinstance(HiddenStateExits(decoder, [1]).config, LlamaConfig)

@@ -1,42 +1,38 @@
 """The Trainer and Accelerate against the same training written as a loop."""
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+from cases import TRANSFORMER
+from ranks import run_torchrun
 from reweight import (
     MetaReweightStep,
     SampleReweighter,
     exit_cross_entropy,
 )
+from reweight._ranks.shards import whole
 from reweight.integrations.huggingface import HiddenStateExits, MetaReweight
 
-SMALL = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 BATCH, NUM_STEPS, LENGTH = 4, 4, 6
 
 
@@ -60,7 +56,7 @@ class Tokens(Dataset):
 
 def language_model() -> nn.Module:
     torch.manual_seed(0)
-    backbone = LlamaModel(LlamaConfig(**SMALL, attention_dropout=0.0)).double()
+    backbone = LlamaModel(LlamaConfig(**TRANSFORMER, attention_dropout=0.0)).double()
     return HiddenStateExits(backbone, [1, 2], nn.Linear(8, 20).double())
 
 
@@ -291,6 +287,46 @@ class TestEvaluation:
         for each, other in zip(found.predictions[0], logits, strict=True):
             torch.testing.assert_close(torch.as_tensor(each), other)
 
+    def test_weights_of_ones_own_and_a_loss_beside_count(self, tmp_path: Path) -> None:
+        """As in training: of one batch, the train loss with learned weights of 1."""
+
+        def loss(logits, target):
+            weight = 1.0 + (target.flatten() % 3)
+            beside = 0.1 * sum(each.square().mean() for each in logits)
+            return exit_cross_entropy(logits, target)._replace(weight=weight, auxiliary=beside)
+
+        options = {"form": "tanh", "average_over": "samples", "strength": 0.0}
+        model, ones = language_model(), SampleReweighter(2, **options).double()
+        used = MetaReweight(ones, DataLoader(Tokens(2), BATCH), loss=loss)
+        _, _, trainer = trainer_of(
+            tmp_path,
+            model=model,
+            of_trainer={"callbacks": [used], "compute_loss_func": used.compute_loss},
+            learning_rate=0.0,
+            max_steps=1,
+            **EVALUATED,
+        )
+        trainer.train()
+        found = trainer.evaluate(torch.utils.data.Subset(Tokens(1), range(BATCH)))["eval_loss"]
+        assert found == pytest.approx(used.result.train_loss.item(), rel=1e-6)
+
+    def test_of_a_mixture_of_experts_is_the_models_own(self, tmp_path: Path) -> None:
+        """Router losses included, of one exit at the end; transformers takes both in float32."""
+        torch.manual_seed(0)
+        experts = {"num_local_experts": 4, "num_key_value_heads": 2}
+        config = MixtralConfig(
+            **SMALL, **experts, output_router_logits=True, router_aux_loss_coef=0.5
+        )
+        lm, data = MixtralForCausalLM(config), Repeated(3)
+        model = HiddenStateExits(lm.model, [2], lm.lm_head, shift_labels=True)
+        _, _, trainer = trainer_of(tmp_path / "exits", model=model, **EVALUATED)
+        settings = TrainingArguments(
+            str(tmp_path / "own"), per_device_eval_batch_size=BATCH, use_cpu=True,
+            report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        wanted = Trainer(lm, settings).evaluate(data)["eval_loss"]
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+
     def test_the_trainer_drops_the_first_of_what_is_no_list(self, tmp_path: Path) -> None:
         _, _, trainer = trainer_of(tmp_path, model=Returning(tuple), **EVALUATED)
         with pytest.warns(UserWarning, match="`model` must return a list of logits, got tuple"):
@@ -428,7 +464,7 @@ def test_activations_are_checkpointed_as_the_backbone_does(tmp_path: Path) -> No
     trained = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        encoder = BertModel(BertConfig(**SMALL), add_pooling_layer=False).double()
+        encoder = BertModel(BertConfig(**TRANSFORMER), add_pooling_layer=False).double()
         model = HiddenStateExits(encoder, [1, 2], nn.Linear(8, 20).double())
         settings = {"activation_checkpointing": True} if checkpointing else {}
         fit(tmp_path, model=model, **settings)
@@ -500,48 +536,53 @@ def test_resumes_bitwise_with_meta_batches_in_random_order(tmp_path: Path) -> No
         assert torch.equal(found, used.reweighter.state_dict()[name]), name
 
 
-RANKS = """
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, {folder!r})
-import torch, test_huggingface as t
-torch.set_num_threads(1)
-from pathlib import Path
-t.{function}(Path(sys.argv[1]))
-"""
-
-
 def on_two_ranks(function: str, path: Path) -> None:
     script = path / "ranks.py"
-    script.write_text(RANKS.format(folder=str(Path(__file__).parent), function=function))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(path)],
-        check=False, capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert not done.returncode, done.stderr[-3000:]
+    script.write_text(
+        f"from pathlib import Path; import {__name__} as t\nt.{function}(Path({str(path)!r}))"
+    )
+    run_torchrun(path / "output", str(script), seconds=300)
+
+
+LOGGED = {"accumulate": 2, "logging_steps": 1}
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [each["loss"] for each in trainer.state.log_history if "loss" in each]
 
 
 def train_on_a_rank(path: Path) -> None:
-    """Half of each batch, two of them accumulated."""
-    model, used, trainer = fit(path, batch=1, accumulate=2, ddp_backend="gloo")
-    assert trainer.args.world_size == 2
-    if trainer.args.process_index == 0:
-        torch.save([model.state_dict(), used.step.state_dict()], path / "trained.pt")
-        history = [each["loss"] for each in trainer.state.log_history if "loss" in each]
-        torch.save(history, path / "losses.pt")
+    """Half of each batch, two of them accumulated, on copies of the model and on shards of it."""
+    for kind in ("copies", "shards"):
+        sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [
+            "LlamaDecoderLayer"]}}  # fmt: skip
+        options = sharded if kind == "shards" else {}
+        _, used, trainer = trainer_of(path, batch=1, ddp_backend="gloo", **LOGGED, **options)
+        assert trainer.args.world_size == 2
+        if kind == "shards":  # Accelerate shards nothing on CPUs, and says nothing of it
+            plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+            trainer.accelerator.state._shared_state.update(
+                distributed_type=DistributedType.FSDP, fsdp_plugin=plugin
+            )
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        assert isinstance(next(model.parameters()), DTensor) == (kind == "shards")
+        state = {name: whole(p.detach()) for name, p in model.named_parameters()}
+        if trainer.args.process_index == 0:
+            torch.save([state, used.step.state_dict(), losses_of(trainer)], path / f"{kind}.pt")
 
 
 def test_two_processes_are_one_on_their_joined_batches(tmp_path: Path) -> None:
-    """To 1e-10 in float64: the sums are in another order."""
+    """To 1e-10 in float64: the sums are in another order. The Trainer logs in float32."""
     on_two_ranks("train_on_a_rank", tmp_path)
-    found, state = torch.load(tmp_path / "trained.pt", weights_only=True)
-    model, used, _ = fit(tmp_path / "one", batch=2, accumulate=2)
-    for name, wanted in model.state_dict().items():
-        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-10, msg=name)
-    for name, wanted in used.reweighter.state_dict().items():
-        torch.testing.assert_close(state["reweighter"][name], wanted, rtol=0, atol=1e-10)
+    model, used, trainer = fit(tmp_path / "one", batch=2, **LOGGED)
+    for kind in ("copies", "shards"):
+        found, state, losses = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        for name, wanted in model.named_parameters():
+            torch.testing.assert_close(found[name], wanted.data, rtol=0, atol=1e-10, msg=name)
+        for name, wanted in used.reweighter.state_dict().items():
+            torch.testing.assert_close(state["reweighter"][name], wanted, rtol=0, atol=1e-10)
+        assert losses == pytest.approx(losses_of(trainer), rel=1e-5), kind
 
 
 def accelerate_on_a_rank(path: Path) -> None:

@@ -1,8 +1,6 @@
 """The Lightning callback against the same training written as a loop, and through the Trainer."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_exits
+from ranks import run_torchrun
 from reweight import MetaReweightStep, SampleReweighter, exit_cross_entropy
 from reweight.integrations.lightning import MetaReweight
 
@@ -416,29 +416,23 @@ def train_on(devices: int) -> Joined:
     return module
 
 
+def save_on_a_rank(path: str) -> None:
+    module = train_on(2)
+    if module.global_rank == 0:
+        torch.save(module.state_dict(), path)
+
+
 def test_two_processes_are_one_on_the_joined_batches(tmp_path: Path) -> None:
     """To 1e-10 in float64: the sums are in another order."""
-    code = (
-        "import sys, torch, test_lightning as t; torch.set_num_threads(1)\n"
-        "module = t.train_on(2)\n"
-        "if module.global_rank == 0: torch.save(module.state_dict(), sys.argv[1])\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]}\n"
-        "import warnings; warnings.simplefilter('ignore')\n"
-        f"if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines())
-    )
-    path = tmp_path / "state.pt"
-    subprocess.run([sys.executable, str(script), str(path)], check=True, timeout=300)
+    script, path = tmp_path / "script.py", tmp_path / "state.pt"
+    script.write_text(f"import {__name__} as t; t.save_on_a_rank({str(path)!r})")
+    run_torchrun(tmp_path / "output", str(script), seconds=300)
     wanted = train_on(1).state_dict()
     for name, found in torch.load(path, weights_only=True).items():
         torch.testing.assert_close(found, wanted[name], rtol=0, atol=1e-10)
 
 
 def test_the_example_trains_both_ways(capsys) -> None:
-    import lightning_exits  # the processes of the test above have no path to it
-
     lightning_exits.main(["--epochs", "4"])
     printed = capsys.readouterr().out
     conventional, reweighted = re.findall(r"(?:conventional|reweighted): .*", printed)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from cases import MODELS, UPDATE_RULES, conventional_loss, make_batch, make_model, warm_up
+from cases import MODELS, UPDATE_RULES, conventional_loss, make_batch, make_model, warm_up, warmed
 from properties import assert_same
 from references import direct_weights_slowly, stock_hypergradient
 from reweight import DirectWeights, ExitLosses, MetaReweightStep, exit_cross_entropy
-from reweight._meta.direct import DirectLearner, learner_of
+from reweight._meta.learners import DirectLearner, learner_of
 from reweight._meta.problem import Hypergradient
 from reweight.objectives import MetaLoss
 
@@ -21,20 +21,11 @@ def make(model: nn.Module, optimizer: Optimizer, **options) -> MetaReweightStep:
     return MetaReweightStep(model, optimizer, DirectWeights(3), **options)
 
 
-@pytest.fixture
-def double_precision():
-    """torch.optim counts steps in the default dtype: in float32 it is the reference that rounds."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("rule", UPDATE_RULES)
 def test_the_hypergradient_is_that_at_weights_of_zero(rule: str) -> None:
-    model, train, meta = make_model("mlp"), make_batch("mlp"), make_batch("mlp", seed=2)
-    optimizer = UPDATE_RULES[rule](model)
-    warm_up(model, optimizer, train, num_steps=8)
+    model, optimizer = warmed("mlp", UPDATE_RULES[rule], num_steps=8)
+    train, meta = make_batch("mlp"), make_batch("mlp", seed=2)
     result = make(model, optimizer).update_reweighter(train, meta)
     zeros = torch.zeros(7, 3)
     expected = stock_hypergradient(model, optimizer, zeros, train, meta, conventional_loss)
@@ -69,9 +60,8 @@ def test_the_gradient_is_that_of_weights_by_the_definition(model_name, estimator
 
 
 def test_estimators_agree_at_weights_of_zero() -> None:
-    model, train, meta = make_model("mlp"), make_batch("mlp"), make_batch("mlp", 9, 2)
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    warm_up(model, optimizer, train)
+    train, meta = make_batch("mlp"), make_batch("mlp", 9, 2)
+    model, optimizer = warmed("mlp", UPDATE_RULES["adamw"])
     forward, unrolled, near = (
         make(model, optimizer, estimator=name).update_reweighter(train, meta).hypergradient
         for name in ("forward", "unrolled", "finite_difference")
@@ -86,9 +76,8 @@ def test_lean_and_accumulated(options, accumulated: bool) -> None:
     """What stands in .grad is part of the step that is looked ahead to; weights are still of 0."""
     found = []
     for each in ({"estimator": "unrolled"}, options):
-        model, train, meta = make_model("mlp"), make_batch("mlp"), make_batch("mlp", 9, 2)
-        optimizer = AdamW(model.parameters(), lr=0.01)
-        warm_up(model, optimizer, train)
+        train, meta = make_batch("mlp"), make_batch("mlp", 9, 2)
+        model, optimizer = warmed("mlp", UPDATE_RULES["adamw"])
         if accumulated:
             conventional_loss(model(meta[0]), meta[1]).backward()
         result = make(model, optimizer, **each).backward(train, meta, scale=0.5)
