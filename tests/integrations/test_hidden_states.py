@@ -326,7 +326,12 @@ class TestRouters:
 
     def language_model(self, name: str, dtype=torch.float64, **options) -> nn.Module:
         torch.manual_seed(0)
-        sizes = {**SMALL, "num_key_value_heads": 2, "router_aux_loss_coef": 0.5, **EXPERTS[name]}
+        sizes = {
+            **TRANSFORMER,
+            "num_key_value_heads": 2,
+            "router_aux_loss_coef": 0.5,
+            **EXPERTS[name],
+        }
         config = getattr(transformers, f"{name}Config")(**sizes, **options)
         if dtype == torch.float64:
             config._experts_implementation = "eager"  # the default has no float64

@@ -315,7 +315,7 @@ class TestEvaluation:
         torch.manual_seed(0)
         experts = {"num_local_experts": 4, "num_key_value_heads": 2}
         config = MixtralConfig(
-            **SMALL, **experts, output_router_logits=True, router_aux_loss_coef=0.5
+            **TRANSFORMER, **experts, output_router_logits=True, router_aux_loss_coef=0.5
         )
         lm, data = MixtralForCausalLM(config), Repeated(3)
         model = HiddenStateExits(lm.model, [2], lm.lm_head, shift_labels=True)
