@@ -35,14 +35,19 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         *args: Any,
         **kw: Any,
     ) -> Tensor | None:
-        if product is F.linear and not input.is_contiguous():
-            # Strided input takes a way of its own with a graph, and a copy of the weight per sample
-            # without one.
-            known, input = None, input.contiguous()
         (x, dx), (w, dw), (b, db) = map(unpack, (input, weight, bias))
         if dw is None and (dx is None or db is not None):
             return None
-        value = product(x, w, b, *args, **kw) if known is None else known
+        strided = product is F.linear and not x.is_contiguous()
+        if known is not None:
+            value = known
+        elif strided:  # with a graph it is computed in another way, as in the forward
+            given = [_leaf(*each) for each in ((x, dx), (w, dw), (b, db))]
+            value = F.linear(*given).detach()
+        else:
+            value = product(x, w, b, *args, **kw)
+        if strided:
+            x, dx = x.contiguous(), None if dx is None else dx.contiguous()
         tangent = None if dw is None else product(x, dw, db, *args, **kw)
         if dx is None:
             pass
@@ -57,6 +62,11 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         return fitting(value, tangent)
 
     return rule
+
+
+def _leaf(value: Tensor | None, tangent: Tensor | None) -> Any:
+    """The value, with a graph of its own if it has a tangent."""
+    return None if value is None else value.detach().requires_grad_(tangent is not None)
 
 
 def _bilinear(product: Callable[..., Tensor]) -> Rule:
