@@ -41,9 +41,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # Types of others, and those of our own that no page describes: there is no index of them here.
 nitpick_ignore_regex = [("py:(class|obj|data)", r"(?!reweight\.).*"), ("py:class", "reweight.*")]
-nitpick_ignore = [
-    ("py:func", "reweight.objectives.allot")
-]  # private, and named by BudgetedObjective
+nitpick_ignore = [("py:func", "reweight.objectives.allot")]  # named by BudgetedObjective, private
 
 
 def mathml(self: Any, node: nodes.Element) -> None:

@@ -24,9 +24,6 @@ from noisy_labels import BATCH, NUM_CLEAN, NUM_TEST, load
 from reweight import MeanObjective, MetaReweightStep, SampleReweighter
 from small import MultiExitMLP
 
-# Until then the averaged model knows little, and the label stands in both columns.
-WARM_UP = 0.2
-
 
 def both_losses(outputs: list[Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
     """K logits [B, C], given labels [B] and pseudo-labels [B] → losses [B·K, 2]."""
@@ -53,16 +50,14 @@ def train(seed: int, epochs: int, num_exits: int, corrected: bool) -> tuple[floa
         step = MetaReweightStep(model, optimizer, reweighter, objective=objective)
     clean = labels[:NUM_CLEAN]
     seen: list[tuple[Tensor, Tensor]] = []
-    for epoch in range(epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(labels) - NUM_TEST)
         seen.clear()
         for rows in order[order >= NUM_CLEAN].split(BATCH):
             optimizer.zero_grad()
             if corrected:
-                pseudo = given[rows]
-                if epoch >= WARM_UP * epochs:
-                    with torch.no_grad():
-                        pseudo = averaged(images[rows])[-1].argmax(1)
+                with torch.no_grad():
+                    pseudo = averaged(images[rows])[-1].argmax(1)
                 train_both = images[rows], (given[rows], pseudo)
                 meta_batch = images[:NUM_CLEAN], (clean, clean)
                 # Means over B·K rows of two columns, where plain training adds up K means over B.

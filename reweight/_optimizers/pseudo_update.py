@@ -4,9 +4,8 @@ It starts from the param groups, learning rates and state of the real optimizer 
 them. What ``rules`` lacks is recorded as it runs, and an optimizer of torchopt is one already.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torchopt
@@ -19,9 +18,8 @@ from reweight._optimizers.accepted import (
     PseudoUpdate,
     groups_of,
 )
-from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
-from reweight._ranks.collectives import local
-from reweight._ranks.shards import shard_like
+from reweight._optimizers.entries import by_rule
+from reweight._optimizers.rules import RULES, Group
 
 
 def pseudo_update(
@@ -119,118 +117,4 @@ def _by_group(
         from reweight._optimizers.torchopt_update import by_torchopt
 
         return by_torchopt(optimizer, index, parameters, gradients)
-    return _by_rule(optimizer, group, parameters, gradients)
-
-
-def _by_rule(
-    optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """One group, shard by shard."""
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    found: list[Any] = [None] * len(parameters)
-    num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-    for members in _together(parameters, states):
-        chosen = [local(parameters[i]) for i in members]
-        values, slope = _moved(
-            optimizer,
-            group,
-            _joined(chosen),
-            _joined([local(gradients[i].detach()) for i in members]),
-            {
-                name: _joined([local(states[i][name]) for i in members])
-                for name, value in states[members[0]].items()
-                if name != "step" and isinstance(value, Tensor)
-            },
-            _count(states[members[0]]),
-        )
-        slopes: Sequence[Tensor | float] = [slope] * len(members)
-        if isinstance(slope, Tensor) and slope.shape == values.shape:
-            num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
-            slopes = _parted(slope.nan_to_num_(0, 0, 0), chosen)
-        for i, value, slope in zip(members, _parted(values, chosen), slopes, strict=True):
-            found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
-    moved, slopes = zip(*found, strict=True)
-    return list(_Moved.apply(slopes, *gradients, *moved)), num_zero  # type: ignore[no-untyped-call]
-
-
-@torch.no_grad()
-def _moved(
-    optimizer: optim.Optimizer, group: Group, p: Tensor, g: Tensor, moments: Moments, count: Count
-) -> Step:
-    """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
-    lr, decay = group["lr"], group.get("weight_decay", 0)
-    decoupled = _is_decoupled(optimizer, group)
-    d = _descent(group, p, g, 0 if decoupled else decay)
-    start = p * (1 - lr * decay) if decoupled and decay else p
-    step, slope = RULES[type(optimizer)](group, moments, count, d)
-    moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
-    return moved.to(p.dtype), slope * (lr if group.get("maximize") else -lr)
-
-
-class _Moved(torch.autograd.Function):
-    """θ̂ as a function of the gradients, entry by entry, when it is known with its slopes."""
-
-    @staticmethod
-    def forward(ctx: Any, slopes: Sequence[Tensor | float], *tensors: Tensor) -> Any:
-        ctx.slopes = slopes
-        ctx.set_materialize_grads(False)
-        return tensors[len(slopes) :]  # after as many gradients
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
-        there = [c for c in cotangents if c is not None]
-        pairs = list(zip(cotangents, ctx.slopes, strict=True))
-        alike = numbers or all(c is not None and _is_like(slope, c) for c, slope in pairs)
-        if alike and len(there) == len(cotangents):
-            return None, *torch._foreach_mul(there, ctx.slopes), *(None for _ in cotangents)
-        gradients = [None if c is None else (c * slope).to(c.dtype) for c, slope in pairs]
-        return None, *gradients, *(None for _ in cotangents)
-
-
-def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
-    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
-
-
-_SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
-
-
-def _together(parameters: list[Tensor], states: list[dict[str, Any]]) -> list[list[int]]:
-    """Which parameters go through a rule as one: small ones that have come equally far."""
-    found: dict[Any, list[int]] = defaultdict(list)
-    for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
-        count, small = _count(state), p.numel() <= _SMALL and p.is_contiguous()
-        moments = [name for name, value in state.items() if isinstance(value, Tensor)]
-        like = (count, p.device, p.dtype, *moments) if small and type(count) is float else i
-        found[like].append(i)
-    return list(found.values())
-
-
-def _count(state: dict[str, Any]) -> Count:
-    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
-    step = state.get("step", 0)
-    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
-    # In float64: β**count would otherwise be rounded to float32.
-    return (step.double() if on_device else float(step)) + 1
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
-    return dense[0] if len(dense) == 1 else torch.cat([tensor.reshape(-1) for tensor in dense])
-
-
-def _parted(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
-    if len(like) == 1:
-        return [joined]
-    parts = joined.split([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _is_decoupled(optimizer: optim.Optimizer, group: Group) -> bool:
-    return type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
-
-
-def _descent(group: Group, p: Tensor, g: Tensor, decay: float) -> Tensor:
-    """What the rule descends along: the gradient, with the weight decay that is coupled to it."""
-    d = -g if group.get("maximize") else g
-    return d.add(p, alpha=decay) if decay else d
+    return by_rule(optimizer, group, parameters, gradients)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
+from reweight._optimizers.entries import joined, parted, together
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.verification import kinds, verify
 from reweight._ranks.collectives import local
@@ -46,60 +47,66 @@ def by_recording(
             how, moved_at_all = verify(optimizer, gradients)
             known = _Verified(known.kind, known.kinds | (found if moved_at_all else set()), how)
             _verified[optimizer] = known
-        cut = _Cut(num_cut)
-        moved = recorded_step(
-            optimizer,
-            {key: None if g is None else cut.of_gradient(g) for key, g in gradients.items()},
-            known.how,
-        ).parameters
+        tracked = {key: g for key, g in gradients.items() if g is not None and g.requires_grad}
+        is_finite = torch.ones_like(num_cut, dtype=torch.bool)
+        cut = _Cut.apply(is_finite, num_cut, *tracked.values())  # type: ignore[no-untyped-call]
+        given = {**gradients, **dict(zip(tracked, cut, strict=True))}
+        moved = recorded_step(optimizer, given, known.how).parameters
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise TypeError(why_not(optimizer, error)) from error
-    return {key: cut.of_parameter(p, gradients[key]) for key, p in moved.items()}
+    if tracked:
+        looked = _Looked.apply(is_finite, cut[0], *moved.values())  # type: ignore[no-untyped-call]
+        moved = dict(zip(moved, looked, strict=True))
+    return moved
 
 
-class _Cut:
-    """Takes entries of the derivative that are not finite as 0, and counts them.
+class _Cut(torch.autograd.Function):
+    """The same gradients; entries of the derivative that are not finite become 0, and are counted.
 
     Not if what the derivative is asked for is not finite itself: that is for others to see.
     """
 
-    def __init__(self, num_cut: Tensor) -> None:
-        self._num_cut = num_cut
-        self._is_finite = torch.ones_like(num_cut, dtype=torch.bool)
+    @staticmethod
+    def forward(ctx: Any, is_finite: Tensor, num_cut: Tensor, *gradients: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.is_finite, ctx.num_cut, ctx.counted = is_finite, num_cut, torch.zeros_like(num_cut)
+        ctx.gradients = [gradient.detach() for gradient in gradients]
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The same, with the derivative cut where it arrives."""
-        if not gradient.requires_grad:
-            return gradient
-        gradient = gradient.view_as(gradient)
-        counted = torch.zeros_like(self._num_cut)
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs = zip(derivatives, ctx.gradients, strict=True)
+        slopes = [torch.zeros_like(g) if slope is None else slope for slope, g in pairs]
+        number = torch.zeros_like(ctx.num_cut)
+        for members in together(slopes, [{}] * len(slopes)):
+            parts = [local(slopes[i]) for i in members]
+            part = joined(parts)
+            bad = (part * 0).ne(0) & ctx.is_finite.to(part.device)  # ∞ · 0 is NaN
+            number += bad.count_nonzero().to(number.device)
+            for i, new in zip(members, parted(torch.where(bad, 0, part), parts), strict=True):
+                slopes[i] = shard_like(slopes[i], new)
+        ctx.num_cut += number - ctx.counted  # once, if a backward is run again
+        ctx.counted.copy_(number)
+        return None, None, *slopes
 
-        def cut(derivative: Tensor) -> Tensor:
-            part = local(derivative)
-            bad = ~part.isfinite() & self._is_finite.to(part.device)
-            number = bad.sum().to(counted.device)
-            self._num_cut += number - counted  # once, if a backward is run again
-            counted.copy_(number)
-            result: Tensor = shard_like(derivative, torch.where(bad, 0, part))
-            return result
 
-        gradient.register_hook(cut)
-        return gradient
+class _Looked(torch.autograd.Function):
+    """The same parameters, with a look at what their derivative is asked for.
 
-    def of_parameter(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        """The same, with a look at what its derivative is asked for; it may be 0."""
+    A gradient comes first, for there to be a derivative where a step does not depend on any.
+    """
 
-        def look(cotangent: Tensor) -> None:
-            self._is_finite = self._is_finite & local(cotangent).isfinite().all().to(
-                self._is_finite.device
-            )
+    @staticmethod
+    def forward(ctx: Any, is_finite: Tensor, gradient: Tensor, *moved: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.is_finite = is_finite
+        return tuple(parameter.view_as(parameter) for parameter in moved)
 
-        if gradient is None or not gradient.requires_grad:
-            return parameter
-        if not parameter.requires_grad:
-            never = torch.zeros_like(gradient, dtype=torch.bool)
-            parameter = torch.where(never, gradient, parameter)
-        parameter.register_hook(look)
-        return parameter
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        for cotangent in cotangents:
+            if cotangent is not None:
+                ctx.is_finite &= (local(cotangent) * 0).sum().eq(0).to(ctx.is_finite.device)
+        return None, None, *cotangents

@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
         """With autograd, as outside of the step."""
         return _Recording(self._outside)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which is at every operation; the step runs uncompiled as a whole
+
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -188,10 +192,12 @@ class Recorder(TorchDispatchMode):
     def _number_of(self, tensor: Tensor) -> Any:
         with self.recording():
             value = self.read(tensor)
-            if value.requires_grad and self._keeps_numbers:
-                number = Number(value.double(), self.recording, self._make_constant)
-                return SymFloat(number)
-        return self._constant_of(tensor).item()
+            if not value.requires_grad:
+                return value.item()
+            if self._keeps_numbers:
+                return SymFloat(Number(value.double(), self.recording, self._make_constant))
+            self._make_constant()
+            return value.detach().item()
 
     def _constant_of(self, tensor: Tensor) -> Tensor:
         with self.recording():

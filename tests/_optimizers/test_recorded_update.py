@@ -58,6 +58,20 @@ def test_entries_without_derivative_are_cut_and_counted_once(make) -> None:
         assert v[0].any()
 
 
+def test_entries_are_cut_of_every_parameter_and_others_stay() -> None:
+    taken = Taken(optim.NAdam)
+    for gradient, p in zip(taken.gradients, taken.parameters, strict=True):
+        gradient.view(-1)[0] = 0
+        taken.optimizer.state[p]["exp_avg_sq"].view(-1)[0] = 0
+    moved, leaves, num_cut = look_ahead(taken)
+    found = torch.autograd.grad(sum(m.sum() for m in moved.values()), list(leaves.values()))
+    assert num_cut == len(found)
+    for v in found:
+        assert v.view(-1)[0] == 0
+        assert v.view(-1)[1:].all()
+        assert v.isfinite().all()
+
+
 def test_what_is_not_finite_for_another_reason_stays_so() -> None:
     taken = Taken(optim.NAdam)
     moved, leaves, num_cut = look_ahead(taken)
