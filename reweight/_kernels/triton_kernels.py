@@ -95,6 +95,7 @@ def tangent(
 ) -> Tensor:
     """What the losses move by, [K, N], if the logits move so; all else as in :func:`backward`."""
     rows, table, options = _prepare(logits, moved := [dz.contiguous() for dz in moved])
+    options["num_warps"] *= 2  # which hold two matrices
     target, products = target.contiguous(), torch.empty_like(peak)
     with torch.cuda.device_of(target):
         _tangent_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows))](
@@ -286,7 +287,6 @@ def _tangent_kernel(
     m, p_max = tl.load(peak + at, mask=valid), tl.load(confidence + at, mask=valid)
     first, first_moved = logits + row * stride, moved + row * num_classes
     dz_y = tl.load(first_moved + y, mask=known, other=float("nan")).to(tl.float32)
-
     # dl = Σ_c exp(z_c - m) dz_c / s - Σ_c q_c dz_c with q_c = (1 - ε) [c = y] + ε / C
     mixed, total = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, num_classes, BLOCK):
@@ -296,5 +296,5 @@ def _tangent_kernel(
         dz = tl.load(first_moved[:, None] + column, mask=mask, other=0.0).to(tl.float32)
         mixed += tl.sum(tl.where(mask, tl.exp(z - m[:, None]) * dz, 0.0), 1)
         total += tl.sum(dz, 1)
-    product = mixed * p_max - (1 - smoothing) * dz_y - smoothing / num_classes * total
-    tl.store(products + at, tl.where(valid, product, 0.0), mask=inside)
+    mixed = mixed * p_max - (1 - smoothing) * dz_y - smoothing / num_classes * total
+    tl.store(products + at, tl.where(valid, mixed, 0.0), mask=inside)

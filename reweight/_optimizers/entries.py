@@ -69,9 +69,10 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs, rest = list(zip(cotangents, ctx.slopes, strict=True)), [None] * len(cotangents)
-        numbers = all(c is not None and isinstance(slope, float) for c, slope in pairs)
-        if numbers or all(c is not None and _is_like(slope, c) for c, slope in pairs):
-            return None, *torch._foreach_mul(cotangents, ctx.slopes), *rest
+        there = [c for c in cotangents if c is not None]
+        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
+        if len(there) == len(pairs) and (numbers or all(map(_is_like, ctx.slopes, there))):
+            return None, *torch._foreach_mul(there, ctx.slopes), *rest
         return None, *(None if c is None else (c * slope).to(c.dtype) for c, slope in pairs), *rest
 
 
