@@ -45,7 +45,7 @@ def in_form(net: Net, form: str, compiled: bool) -> Net:
         model = net.build()
         if form == "channels_last":
             model = model.to(memory_format=torch.channels_last)
-        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+        return torch.compile(model) if compiled else model
 
     def batch() -> Batch:
         inputs, target = net.batch()

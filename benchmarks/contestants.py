@@ -61,7 +61,7 @@ def ours(
 ) -> Step:
     if moves == "half":
         options["moves"] = set(later_half(model)).__contains__
-    step = MetaReweightStep(model, optimizer, g, reweighter_optimizer=g_optimizer, **options)  # type: ignore[arg-type]
+    step = MetaReweightStep(model, optimizer, g, reweighter_optimizer=g_optimizer, **options)
 
     def run(train: Batch, batch: Batch) -> None:
         size = round(meta * len(batch[1]))

@@ -89,23 +89,19 @@ def muon_groups(model: nn.Module, flag: str = "use_muon") -> list[dict[str, Any]
 
 
 BUILDS: list[Build] = [  # the first that works is taken
-    lambda kind, model: kind(  # type: ignore[call-arg]
-        two_groups(model), lr=0.01, momentum_dtype=torch.float32
-    ),
-    lambda kind, model: kind(two_groups(model), lr=0.01),  # type: ignore[call-arg]
-    lambda kind, model: kind(two_groups(model)),  # type: ignore[call-arg]
-    lambda kind, model: kind(model.parameters(), lr=0.01),  # type: ignore[call-arg]
-    lambda kind, model: kind(model.parameters()),  # type: ignore[call-arg]
-    lambda kind, model: kind(matrices(model), lr=0.01),  # type: ignore[call-arg]
-    lambda kind, model: kind(matrices(model)),  # type: ignore[call-arg]
-    lambda kind, model: kind(muon_groups(model)),  # type: ignore[call-arg]
-    lambda kind, model: kind(model, lr=0.01),  # type: ignore[call-arg, arg-type]
-    lambda kind, model: kind(optim.AdamW(two_groups(model), lr=0.01)),  # type: ignore[arg-type]
-    lambda kind, model: kind(  # type: ignore[call-arg]
-        model.parameters(), base_optimizer=optim.SGD, lr=0.01
-    ),
-    lambda kind, model: kind(model.named_parameters(), lr=0.01),  # type: ignore[call-arg, arg-type]
-    lambda kind, model: kind(  # type: ignore[call-arg]
+    lambda kind, model: kind(two_groups(model), lr=0.01, momentum_dtype=torch.float32),
+    lambda kind, model: kind(two_groups(model), lr=0.01),
+    lambda kind, model: kind(two_groups(model)),
+    lambda kind, model: kind(model.parameters(), lr=0.01),
+    lambda kind, model: kind(model.parameters()),
+    lambda kind, model: kind(matrices(model), lr=0.01),
+    lambda kind, model: kind(matrices(model)),
+    lambda kind, model: kind(muon_groups(model)),
+    lambda kind, model: kind(model, lr=0.01),
+    lambda kind, model: kind(optim.AdamW(two_groups(model), lr=0.01)),
+    lambda kind, model: kind(model.parameters(), base_optimizer=optim.SGD, lr=0.01),
+    lambda kind, model: kind(model.named_parameters(), lr=0.01),
+    lambda kind, model: kind(
         model.parameters(), lr=0.01, num_iterations=100, num_epochs=1, num_batches_per_epoch=100
     ),
 ]
@@ -208,7 +204,7 @@ def derivative_error(
     ]
     u = [drawn(g) * g.detach().abs() for g in leaves]
     value = sum((a * m).sum() for a, m in zip(c, moved, strict=True))
-    v = torch.autograd.grad(value, leaves, materialize_grads=True, allow_unused=True)  # type: ignore[arg-type]
+    v = torch.autograd.grad(value, leaves, materialize_grads=True, allow_unused=True)
     slope = sum((a * b).sum().item() for a, b in zip(v, u, strict=True))
 
     def at(h: float) -> float:
@@ -235,7 +231,7 @@ def cost(kind: type[optim.Optimizer], build: Build) -> float:
         ahead(training)
         start = time.perf_counter()
         moved, leaves = ahead(training)
-        torch.autograd.grad(sum(m.sum() for m in moved), leaves, allow_unused=True)  # type: ignore[arg-type]
+        torch.autograd.grad(sum(m.sum() for m in moved), leaves, allow_unused=True)
         middle = time.perf_counter()
         own_next(training, training.gradients)
         ratios.append((middle - start) / (time.perf_counter() - middle))

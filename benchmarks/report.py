@@ -34,8 +34,22 @@ SIGMOID = "sigmoid, lr 1e-2, interval 10"
 BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 # What the plots show, if it was run: few enough lines to read.
 PREDICTED, DIRECT = "predicted, interval 10", "direct weights"
-CURVES = ("conventional", "frozen random", "published", "lr 1e-3", SIGMOID, PREDICTED, DIRECT)
+BY_CLASS, OFTEN = "sigmoid, class, lr 1e-2, interval 10", "sigmoid, class, lr 1e-2"
+TAIL = ("conventional", "class-balanced", SIGMOID, OFTEN)
+CURVES = (
+    "conventional",
+    "frozen random",
+    "published",
+    "lr 1e-3",
+    SIGMOID,
+    BY_CLASS,
+    PREDICTED,
+    DIRECT,
+)
 PLOTTED = {
+    "fashion-mnist-neighbours-exits": ("conventional", BY_CLASS),  # of one net all answers tie
+    "long-tail": TAIL,
+    "long-tail-noise-20": TAIL,
     "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
     "fashion-5k": ("conventional", "frozen random", "interval 10, lr 1e-3"),
     "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
@@ -47,6 +61,9 @@ COLORS = {
     "lr 1e-3": "#7e22ce",
     "interval 10, lr 1e-3": "#c2410c",
     SIGMOID: "#15803d",
+    BY_CLASS: "#a16207",
+    OFTEN: "#a16207",
+    "class-balanced": "#0e7490",
     PREDICTED: "#c2410c",
     DIRECT: "#7e22ce",
     "Meta-Weight-Net": "#0e7490",

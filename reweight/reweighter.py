@@ -16,7 +16,8 @@ class SampleReweighter(nn.Module):
     """Predicts the weights w = g(l) of every sample at every exit from its own losses.
 
     ``g`` is Linear–ReLU–Linear on the K losses of one sample, and one of three forms makes weights
-    of its raw output. Weights average exactly 1 over the dimension named by ``average_over``::
+    of its raw output. Weights average 1 over the dimension named by ``average_over``, but for those
+    predicted where a few samples have all: see :class:`DirectWeights`::
 
         tanh       w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
         sigmoid    w = sigmoid(raw) / mean(sigmoid(raw))

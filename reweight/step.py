@@ -262,7 +262,7 @@ class MetaReweightStep:
         It takes a few steps with copies of the reweighter; nothing of yours changes. Arguments and
         errors are those of :meth:`backward`; :class:`StepCheck` says what comes back.
         """
-        return examine(self, self._forward, self._lookahead, self._learner.interval, train, meta)
+        return examine(self, train, meta)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the step adds to a training run: tensors, numbers, text and containers."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from references import direct_weights_slowly
-from reweight import DirectWeights, ExitLosses
+from reweight import DirectWeights, ExitLosses, SampleReweighter
 
 
 def of(hypergradient: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,3 +64,20 @@ def test_another_number_of_exits_is_named(losses) -> None:
         DirectWeights(3)(losses)
     with pytest.raises(ValueError, match="num_exits"):
         DirectWeights(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_of_a_prediction_are_direct_weights_of_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    raw = torch.randn(40, 3, dtype=dtype)
+    raw[1:, 1] = -raw[1:, 1].abs()  # one sample has all
+    raw[0, 1] = 1
+    reweighter = SampleReweighter(3, form="predicted").to(dtype)
+    reweighter.network = torch.nn.Linear(3, 3, bias=False, dtype=dtype)
+    with torch.no_grad():
+        reweighter.network.weight.copy_(torch.eye(3))
+    valid = torch.arange(40) < 33
+    losses = ExitLosses(raw, valid=valid)
+    weights = reweighter(losses).detach()[valid]
+    torch.testing.assert_close(weights, DirectWeights(3)(losses, -raw / 33)[valid])
+    assert weights[0, 1].item() == pytest.approx(2 * 33**0.5)

@@ -37,7 +37,12 @@ def test_every_arm_takes_steps(name: str) -> None:
     batches = weights.view(-1, 16, 3)
     if isinstance(training.weighting, arms.SampleReweighter):
         over = {"exits": 2, "samples": 1, "both": (1, 2)}[training.weighting.average_over]
-        torch.testing.assert_close(batches.mean(over), torch.ones_like(batches.mean(over)))
+        mean = batches.mean(over)
+        if training.weighting.form == "predicted":  # less where a few have all
+            assert (mean < 1 + 1e-5).all()
+            assert (batches.square().mean(over) < 4 + 1e-4).all()
+        else:
+            torch.testing.assert_close(mean, torch.ones_like(mean))
     if name == "L2RW":
         assert (weights >= 0).all()
         assert (weights == 0).any()

@@ -87,7 +87,7 @@ def step_of(
     g = SampleReweighter(net.num_exits).to(device)
     g_optimizer = Adam(g.parameters(), lr=1e-4)
     if compiled:
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     build = CONTESTANTS[contestant]
     step = build(model, optimizer, g, g_optimizer)
 

@@ -68,7 +68,7 @@ NETS: dict[str, Net] = {
     **{
         name: Net(
             lambda cell=cell: Sequences(partial(cell, WIDTH, WIDTH, batch_first=True)), 2, sequences
-        )  # type: ignore[misc]
+        )
         for name, cell in CELLS.items()
     },
     "encoder with dropout": Net(lambda: Sequences(partial(encoder, 0.2)), 2, sequences),
@@ -130,7 +130,7 @@ def hypergradient(name: str, setting: Setting, *around: Any) -> Tensor:
     weights = Weights((torch.rand(num_rows, net.num_exits) + 0.5).to(setting.device, setting.dtype))
     model.to(setting.device, setting.dtype)
     if name == CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     train, meta = (placed(batch, setting) for batch in (train, meta))
     optimizer = OPTIMIZERS[setting.optimizer](list(model.parameters()))
     own, found = SGD(weights.parameters(), lr=0.0), []
@@ -142,7 +142,7 @@ def hypergradient(name: str, setting: Setting, *around: Any) -> Tensor:
     step = MetaReweightStep(
         model,
         optimizer,
-        weights,  # type: ignore[arg-type]
+        weights,
         reweighter_optimizer=own,
         objective=MeanObjective(),  # allotment jumps where confidences are rounded
         estimator=setting.estimator,
@@ -255,7 +255,7 @@ def attention(device: str) -> Iterator[Callable[[], Row]]:
         exact = by_double_backward(name, Setting(device))
         case = f"{name}, {backend.name.lower()}"
         row = held(case, "bfloat16" if dtype else "float32", found, exact)
-        layers = len(TINY_NETS[name].build().layers)  # type: ignore[arg-type]
+        layers = len(TINY_NETS[name].build().layers)
         row["passes"] = f"{fused / layers:g} of 5"  # three to warm up, the train and the meta batch
         return row
 

@@ -120,14 +120,14 @@ class LinearExitCrossEntropy(torch.autograd.Function):
                 arguments = ctx.implementation, [logits], repeated, *rest
                 (d,) = kernel_backward(*arguments, peaks, c, g.t(), in_place)
                 if h is not None:
-                    _add_target(d, repeated, rest, h)
+                    d = _with_target(d, repeated, rest, h)
                 if bend is not None:
                     d *= bend
             else:
                 logits = _logits(rows, weight, bias, ctx.softcap)
                 d = derivative(logits, repeated, *rest) * g
                 if h is not None:
-                    d = d + h * _target(d, repeated, rest)
+                    d = _with_target(d, repeated, rest, h)
                 if ctx.softcap is not None:
                     d = d * _bend(logits, ctx.softcap)
                 d = d.to(logits.dtype)
@@ -172,7 +172,7 @@ class LinearExitCrossEntropy(torch.autograd.Function):
                 dz = dz * _bend(logits, ctx.softcap)
             slope = derivative(logits, repeated, *rest)
             of_losses = (slope * dz).sum(1)
-            of_normaliser = of_losses + (_target(slope, repeated, rest) * dz).sum(1)
+            of_normaliser = of_losses + _at_target(dz, repeated, rest)
             both = (counted(each, repeated, rest[0]) for each in (of_losses, of_normaliser))
             parts.append([each.view(len(hidden), -1).t() for each in both])
         losses, normaliser = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -220,19 +220,18 @@ def _bend(logits: Tensor, softcap: float) -> Tensor:
     return 1 - (logits / softcap) ** 2
 
 
-def _target(like: Tensor, target: Tensor, rest: tuple[int | None, float]) -> Tensor:
-    """The distribution q of each row; 0 where the target is ignored."""
+def _at_target(rows: Tensor, target: Tensor, rest: tuple[int | None, float]) -> Tensor:
+    """⟨q, row⟩ of each row, [N], by looking it up; anything where the target is ignored."""
     ignore_index, label_smoothing = rest
-    is_target = torch.arange(like.shape[1], device=like.device) == target.unsqueeze(1)
-    q = (1 - label_smoothing) * is_target.to(like.dtype) + label_smoothing / like.shape[1]
-    return counted(q, target, ignore_index)
+    index = counted(target, target, ignore_index, 0).unsqueeze(1)
+    found = (1 - label_smoothing) * rows.gather(1, index).squeeze(1)
+    return found + label_smoothing * rows.mean(1) if label_smoothing else found
 
 
-def _add_target(d: Tensor, target: Tensor, rest: tuple[int | None, float], h: Tensor) -> None:
-    """Add h·q to d, with no matrix of the size of d."""
+def _with_target(d: Tensor, target: Tensor, rest: tuple[int | None, float], h: Tensor) -> Tensor:
+    """The rows d + h·q [N, V], differentiable, of h [N, 1]."""
     ignore_index, label_smoothing = rest
     h = counted(h, target, ignore_index).to(d.dtype)
     index = counted(target, target, ignore_index, 0).unsqueeze(1)
-    d.scatter_add_(1, index, (1 - label_smoothing) * h)
-    if label_smoothing:
-        d += label_smoothing / d.shape[1] * h
+    d = d.scatter_add(1, index, (1 - label_smoothing) * h)
+    return d + label_smoothing / d.shape[1] * h if label_smoothing else d

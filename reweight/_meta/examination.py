@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reweight._meta.lookahead import Lookahead
 from reweight._optimizers.pseudo_update import way_of
-from reweight._passes.forward import ExitForward
 from reweight._passes.snapshots import Beginning, Gradients
 from reweight.batches import Batch, num_samples, rows_of, unpack
 from reweight.losses import ExitLosses
@@ -23,20 +21,16 @@ from reweight.result import StepCheck, StepResult
 _ROUNDS = 3
 
 
-def examine(
-    step: Any, forward: ExitForward, lookahead: Lookahead, interval: int, train: Batch, meta: Batch
-) -> StepCheck:
+def examine(step: Any, train: Batch, meta: Batch) -> StepCheck:
     """Look at a step from all sides.
 
     Args:
         step: the :class:`MetaReweightStep`, of which copies are taken.
-        forward: its inputs and target → losses.
-        lookahead: its model, optimizers and look-ahead.
-        interval: at every which call the reweighter is updated.
         train: inputs and target.
         meta: inputs and target.
     """
     train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
+    lookahead = step._lookahead
     model, optimizers, exactness = lookahead.model, lookahead.optimizers, lookahead.exactness
     twin = _twin(step)
     with _said() as messages:
@@ -46,7 +40,7 @@ def examine(
     gradients = Gradients(model.parameters(), copy=True)
 
     def plain() -> None:
-        losses = forward(*train, beginning=beginning)
+        losses = step._forward(*train, beginning=beginning)
         lookahead.scaled(losses.mean_over_samples(losses.losses).sum()).backward()
 
     try:
@@ -71,7 +65,7 @@ def examine(
         num_zero_moments=int(result.num_zero_moments),
         signal=signal,
         hooks=list(_hooks(model)),
-        interval=interval,
+        interval=step._learner.interval,
         seconds=seconds,
         memory=None if None in memory else memory,
         messages=list(dict.fromkeys(messages)),
