@@ -203,3 +203,5 @@ OF_KNOWN: dict[Callable[..., Any], Rule] = {
     F.silu: _silu,
 }
 """Where PyTorch's forward mode is as good unless the value is known."""
+RECALLED = (FAST_RULES.keys() | OF_KNOWN.keys()) - {F.batch_norm}
+"""What has a rule that can make use of what it came to."""

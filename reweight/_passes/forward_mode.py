@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from reweight._passes.custom_functions import applied_by
 from reweight._passes.eager import attention_layer
-from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN
+from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, PRODUCTS
 from reweight._passes.ladder import GRADIENTS, Ladder
-from reweight._passes.memory import is_plain, memory_of, tensors_in
+from reweight._passes.memory import is_large, is_plain, memory_of, tensors_in
 from reweight._passes.operations import have_tangents
 from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache
 from reweight._passes.tangent_rules import RULES
@@ -60,7 +60,7 @@ class _ForwardMode(TangentsWithGradients):
     ) -> Any:
         """Runs the function, by its rule if it has one."""
         kwargs = kwargs or {}
-        if func in ASKS or func is F.multi_head_attention_forward:
+        if self._recall is None or func in ASKS or func is F.multi_head_attention_forward:
             return self._run(func, classes, args, kwargs, None)
         try:
             call = self._recall.find(func, args, kwargs)
@@ -68,7 +68,8 @@ class _ForwardMode(TangentsWithGradients):
             self._ladder.give_up_recall()
         result = self._run(func, classes, args, kwargs, call)
         if call is not None and type(func) in _OWN_KINDS:
-            self._recall.note(call, tensors_in(result))
+            results = [result] if isinstance(result, Tensor) else tensors_in(result)
+            self._recall.note(call, results)
         return result
 
     def _run(self, func: Any, classes: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
@@ -90,11 +91,13 @@ class _ForwardMode(TangentsWithGradients):
         return result
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
+        rule = FAST_RULES.get(func)
+        if self._recall is None and (rule is None or _is_small_product(func, args)):
+            return None
         tensors = tensors_in(args, kwargs)
         if not (all(map(_is_constant, tensors)) and have_tangents(tensors)):
             return None
-        value = self._recall.value(call)
-        rule = FAST_RULES.get(func)
+        value = None if self._recall is None else self._recall.value(call)
         if rule is not None:
             return rule(value, *args, **kwargs)
         # A view stays one: what is written to it is written to what it is of.
@@ -123,6 +126,10 @@ def _is_constant(tensor: Tensor | None) -> bool:
     The model makes such a graph when it takes a gradient in its forward, of an energy for example.
     """
     return is_plain(tensor) and (tensor is None or not tensor.requires_grad)
+
+
+def _is_small_product(func: Any, args: Any) -> bool:
+    return func in PRODUCTS and not any(map(is_large, args[:1]))
 
 
 @contextmanager

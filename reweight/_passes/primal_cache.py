@@ -6,7 +6,7 @@ device, and nothing waits for one.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,20 +15,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from reweight._passes.eager import attention_layer
-from reweight._passes.memory import Tokens, Trace, memory_of, tensors_in, version_of
+from reweight._passes.fast_rules import RECALLED
+from reweight._passes.memory import Tokens, Trace, is_large, is_plain, memory_of, tensors_in
+from reweight._structure import structure_of
 from reweight.batches import Batch, tensors_of
 
-Key: TypeAlias = Hashable
+Key: TypeAlias = tuple[Any, ...]
 
 UNSEEN = {
     Tensor.data.__get__,  # type: ignore[attr-defined]
     Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.__cuda_array_interface__.__get__,
     Tensor.numpy,
     Tensor.__array__,
     Tensor.__dlpack__,
     Tensor.data_ptr,
     Tensor.storage,
     Tensor.untyped_storage,
+    Tensor.set_,
+    Tensor.apply_,
+    Tensor.map_,
+    *(
+        getattr(place, name)
+        for place in (torch, Tensor)
+        for name in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+    ),
 }
 """Ways to memory by which it may be changed without a trace: the version of the tensor stays."""
 
@@ -69,8 +80,9 @@ class PrimalCache(TorchFunctionMode):
 
     A result is given back, as it is, only for the very same arguments. Nothing is kept alive for
     that: what the graph of the losses does not hold is forgotten, and so is memory that was changed
-    since, or may have been by way of ``.data``, NumPy or an address. Only what the loss function
-    does by such a way, or compiled code, is not seen.
+    since, or may have been by way of ``.data``, NumPy or an address. Not seen is only what the loss
+    function does by such a way, or compiled code, or one that holds such an address from before:
+    the check of both ways, at every update, is there for that.
 
     Args:
         model: its buffers are known again by their names, in copies; None if they need not be.
@@ -81,10 +93,12 @@ class PrimalCache(TorchFunctionMode):
         self._model, self._depth = model, 0
         self._tokens, self._calls = Tokens(), defaultdict[Key, list[Call]](list)
         self._names: dict[str, int] = {}
+        self._is_worth_it = False
 
     def __enter__(self) -> "PrimalCache":
         if not self._depth and self._model is not None:
-            self._names = {n: self._tokens.new(b) for n, b in self._model.named_buffers()}
+            buffers = structure_of(self._model).buffers
+            self._names = {name: self._tokens.new(b) for name, b in buffers.items()}
         self._depth += 1
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -103,81 +117,97 @@ class PrimalCache(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_layer(*args, **kwargs)
-        tensors, key = tensors_in(args, kwargs), None
-        for tensor in tensors:
-            self._tokens.of_or_new(tensor)
         if func in UNSEEN:
-            self._tokens.forget(tensors[0])
-        else:
-            key = self._key(func, args, kwargs)
-        versions = list(map(version_of, tensors))
+            tensors = tensors_in(args, kwargs)
+            self._tokens.forget(*tensors)
+            result = func(*args, **kwargs)
+            self._tokens.forget(*tensors)  # which may lie elsewhere now
+            return result
+        key = key_of(func, args, kwargs, self._tokens.of_argument)
         result = func(*args, **kwargs)
-        changed = [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
-        results = tensors_in(result)
-        tokens = [self._tokens.of_or_new(each) for each in results]
-        if key is not None and results:
-            self._calls[key].append(Call(tokens, None if changed else Trace(results[0])))
+        if isinstance(result, Tensor):
+            trace = None
+            if func in RECALLED and is_plain(result) and not _is_among(result, args, kwargs):
+                trace = Trace(result)
+                self._is_worth_it |= is_large(result) or any(map(is_large, args[:1]))
+            call = Call([self._tokens.new(result)], trace)
+        else:
+            call = Call(list(map(self._tokens.new, tensors_in(result))), None)
+        if key is not None and call.tokens:
+            self._calls[key].append(call)
         return result
 
     def take(self, batch: Batch, copies: Batch) -> Batch:
         """Take the copies for the batch as it is now, whatever becomes of it, and return them."""
         for tensor, copy in zip(tensors_of(batch), tensors_of(copies), strict=True):
-            self._tokens.give(copy, self._tokens.of_or_new(tensor))
+            self._tokens.give(copy, self._tokens.of_argument(tensor))
         return copies
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Take these copies for what they were copied of, by its id, from now on."""
-        for original, token in self._tokens.there():
-            copy = copies.get(id(original))
-            if copy is not None and copy.stride() == original.stride():
-                self._tokens.give(copy, token)
+        self._tokens.settle(copies)
 
-    def again(self) -> "Recall":
-        """For a pass that does the same again."""
+    def again(self) -> "Recall | None":
+        """For a pass that does the same again; None if there is nothing that is worth it."""
+        if not self._is_worth_it:
+            return None
+        self._tokens.settle()
         if self._model is not None:
-            buffers = dict(self._model.named_buffers())
+            buffers = structure_of(self._model).buffers
             for name in self._names.keys() & buffers.keys():
                 self._tokens.give(buffers[name], self._names[name])
-        return Recall(self._tokens, self._calls, self._key)
-
-    def _key(self, func: Any, args: Any, kwargs: Any) -> Key | None:
-        """What tells the call from others; None if that cannot be told."""
-        training = args[5] if len(args) > 5 else kwargs.get("training")
-        if func is F.batch_norm and training:
-            # Whose running statistics have no say in what it comes to.
-            args, kwargs = (args[0], *args[3:]), {**kwargs, "running_mean": 0, "running_var": 0}
-        try:
-            parts = self._frozen(args), self._frozen(kwargs)
-        except _UnknownError:
-            return None
-        if func in _UNDEFINED or (func not in _FACTORIES and not tensors_in(args, kwargs)):
-            return None
-        device = next((t.device.type for t in tensors_in(args, kwargs)), "cpu")
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return func, parts, autocast
-
-    def _frozen(self, value: Any) -> Hashable:
-        kind = type(value)
-        if isinstance(value, Tensor):
-            token = self._tokens.of(value)
-            if token is None:
-                raise _UnknownError
-            return Tensor, token
-        if kind in _CONSTANTS:
-            return kind, value
-        if kind is float:
-            return kind, value.hex()  # 0 is not −0
-        if kind in (tuple, list, torch.Size):
-            return kind, *map(self._frozen, value)
-        if kind is dict:
-            return *value, *map(self._frozen, value.values())
-        if kind is slice:
-            return slice, *map(self._frozen, (value.start, value.stop, value.step))
-        raise _UnknownError
+        return Recall(self._tokens, self._calls)
 
 
-class _UnknownError(Exception):
-    """An argument was not there before."""
+def key_of(
+    func: Any, args: Any, kwargs: dict[str, Any], token_of: Callable[[Tensor], int | None]
+) -> Key | None:
+    """What tells a call from others; None if that cannot be told."""
+    if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
+        # Whose running statistics have no say in what it comes to.
+        args, kwargs = (args[0], *args[3:]), {**kwargs, "running_mean": 0, "running_var": 0}
+    parts, tensors = [func], list[Tensor]()
+    known = False not in [_write(each, parts, tensors, token_of) for each in args]
+    for name, value in kwargs.items():
+        parts.append(name)
+        known = _write(value, parts, tensors, token_of) and known
+    if not known or func in _UNDEFINED or not (tensors or func in _FACTORIES):
+        return None
+    device = tensors[0].device.type if tensors else "cpu"
+    if torch.is_autocast_enabled(device):
+        parts.append(torch.get_autocast_dtype(device))
+    return tuple(parts)
+
+
+def _write(
+    value: Any, parts: list[Any], tensors: list[Tensor], token_of: Callable[[Tensor], int | None]
+) -> bool:
+    """Add an argument to the parts of a key, if it is known; what follows a type is of it."""
+    kind = type(value)
+    if kind in _CONSTANTS:
+        parts += kind, value
+    elif isinstance(value, Tensor):
+        tensors.append(value)
+        token = token_of(value)
+        parts += Tensor, token
+        return token is not None
+    elif kind is float:
+        parts += float, value or str(value)  # 0 is not −0
+    elif kind in (tuple, list, torch.Size):
+        parts += kind, len(value)
+        return False not in [_write(each, parts, tensors, token_of) for each in value]
+    elif kind is dict:
+        parts += dict, tuple(value)
+        return False not in [_write(each, parts, tensors, token_of) for each in value.values()]
+    elif kind is slice:
+        return _write((slice, value.start, value.stop, value.step), parts, tensors, token_of)
+    else:
+        return False
+    return True
+
+
+def _is_among(tensor: Tensor, args: Any, kwargs: dict[str, Any]) -> bool:
+    return any(tensor is each for each in tensors_in(args, kwargs))
 
 
 class Departure(Exception):
@@ -189,7 +219,7 @@ class Call(NamedTuple):
 
     Attributes:
         tokens: what its results are known by.
-        result: where the first of them is found; None if it changed an argument.
+        result: where the one result is found; None if it is not wanted, or one of the arguments.
     """
 
     tokens: list[int]
@@ -202,15 +232,10 @@ class Recall:
     Of equal calls the first is the first, for they may have drawn random numbers.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        calls: Mapping[Key, list[Call]],
-        key: Callable[[Any, Any, Any], Key | None],
-    ) -> None:
-        self._tokens, self._calls, self._key = tokens, calls, key
+    def __init__(self, tokens: Tokens, calls: Mapping[Key, list[Call]]) -> None:
+        self._tokens, self._calls = tokens, calls
         self._next: Counter[Key] = Counter()
-        self._lent: set[int] = set()  # memory of the forward that was given back
+        self._lent: list[Tensor] = []  # memory of the forward that was given back
 
     def find(self, func: Any, args: Any, kwargs: Any) -> Call | None:
         """The call of the forward that was this one.
@@ -218,36 +243,32 @@ class Recall:
         Raises:
             Departure: it would change what the graph of the losses holds.
         """
-        if not self._calls:
-            return None
         if _may_write(func, kwargs):
             tensors = tensors_in(args, kwargs)
-            if not self._lent.isdisjoint(map(memory_of, tensors)):
+            if not set(map(memory_of, self._lent)).isdisjoint(map(memory_of, tensors)):
                 raise Departure
             if func in UNSEEN:
-                self._tokens.forget(tensors[0])
+                self._tokens.forget(*tensors)
                 return None
-        key = self._key(func, args, kwargs)
-        calls = () if key is None else self._calls.get(key, ())
-        if self._next[key] >= len(calls):
+        key = key_of(func, args, kwargs, self._tokens.of)
+        calls = None if key is None else self._calls.get(key)
+        if key is None or calls is None or self._next[key] >= len(calls):
             return None
         self._next[key] += 1
         return calls[self._next[key] - 1]
 
     def value(self, call: Call | None) -> Tensor | None:
         """What the call came to; None if it has gone, or was changed since."""
-        trace = None if call is None or len(call.tokens) != 1 else call.result
-        if trace is None or not trace.is_there() or self._tokens.is_lost(trace):
+        value = None if call is None or call.result is None else call.result()
+        if value is None or self._tokens.is_lost(value):
             return None
-        value = trace()
-        self._lent.add(memory_of(value))
+        self._lent.append(value)
         return value
 
     def note(self, call: Call, results: list[Tensor]) -> None:
         """What came of it this time is known as what came of it then."""
         for result, token in zip(results, call.tokens, strict=False):
-            if self._tokens.of(result) is None:
-                self._tokens.give(result, token)
+            self._tokens.give(result, token)
 
 
 def _may_write(func: Any, kwargs: Any) -> bool:

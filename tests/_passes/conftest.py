@@ -1,11 +1,18 @@
 import pytest
 from torch import Tensor
 
+from reweight._passes import memory
 from reweight._passes.primal_cache import Recall
 
 
 @pytest.fixture
-def recalled(monkeypatch) -> list[Tensor]:
+def all_is_large(monkeypatch) -> None:
+    """What is recalled of large tensors is recalled of small ones as well."""
+    monkeypatch.setattr(memory, "_LARGE", 0)
+
+
+@pytest.fixture
+def recalled(all_is_large, monkeypatch) -> list[Tensor]:
     """The values that were recalled."""
     found: list[Tensor] = []
     ask = Recall.value

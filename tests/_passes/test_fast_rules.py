@@ -14,6 +14,7 @@ from reweight._passes.ladder import Ladder
 from reweight._passes.primal_cache import PrimalCache
 
 load_forward_mode()
+pytestmark = pytest.mark.usefixtures("all_is_large")
 
 
 def attention(causal: bool):
