@@ -75,11 +75,16 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = [
-            None if cotangent is None else (cotangent * slope).to(cotangent.dtype)
-            for cotangent, slope in zip(cotangents, ctx.slopes, strict=True)
-        ]
-        return None, *gradients, *(None for _ in cotangents)
+        pairs, rest = list(zip(cotangents, ctx.slopes, strict=True)), [None] * len(cotangents)
+        there = [c for c in cotangents if c is not None]
+        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
+        if len(there) == len(pairs) and (numbers or all(map(_is_like, ctx.slopes, there))):
+            return None, *torch._foreach_mul(there, ctx.slopes), *rest
+        return None, *(None if c is None else (c * slope).to(c.dtype) for c, slope in pairs), *rest
+
+
+def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
+    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
 
 
 SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
