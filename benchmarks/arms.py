@@ -526,6 +526,7 @@ ARMS: dict[str, Arm] = {
     # What was learned before, as it is.
     "frozen, learned on digits": Arm(
         reweighter(form="sigmoid"),
+        warm_up=0.2,
         frozen_from="sigmoid, lr 1e-2, interval 10",
         frozen_on="digits-symmetric",
     ),

@@ -305,7 +305,7 @@ def plot_agreement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> N
     axes.set_xlabel("epoch")
     axes.set_ylabel("area under the ROC curve")
     axes.set_title(f"{title}: weights against what they should be", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize="small")
     finish(figure, path)
 
 
