@@ -147,6 +147,62 @@ def _members(exit_losses: ExitLosses) -> Tensor:
     return allot(exit_losses.confidence, shares).to(exit_losses.losses)
 
 
+def hard_gates(num_exits: int, batch_size: int, threshold: float = 0.9) -> Weighting:
+    """CGT (Mokssit et al., 2025): an exit trains on what none before it gets right and is sure of.
+
+    Sure is a confidence of at least the threshold.
+    """
+
+    def weigh(exit_losses: ExitLosses) -> Tensor:
+        assert exit_losses.confidence is not None
+        assert exit_losses.correct is not None
+        done = exit_losses.correct.bool() & (exit_losses.confidence >= threshold)
+        return _gates(1 - done.to(exit_losses.losses))
+
+    return weigh
+
+
+def soft_gates(num_exits: int, batch_size: int) -> Weighting:
+    """CGT's other form: an exit trains on what all before it leave of the label's probability."""
+    return lambda exit_losses: _gates(1 - (-exit_losses.losses).exp())
+
+
+def _gates(missed: Tensor) -> Tensor:
+    """By the product of what the exits before missed, never quite 0, mean 1 over the exits."""
+    before = torch.cat([torch.ones_like(missed[:, :1]), missed[:, :-1]], 1)
+    gates = before.cumprod(1) + 1e-3
+    return gates / gates.mean(1, keepdim=True)
+
+
+class RandomThresholds(nn.Module):
+    """COSEE (He et al., AAAI 2025): a sample counts most at the exit where it would leave.
+
+    Five thresholds are drawn between the smallest and the largest confidence of the batch. For each
+    a sample's weights go with exp(−β·distance to its exit), mean 1 over the exits, β growing evenly
+    from 0 to ``beta``. COSEE's calibration loss is left out, and its signal is the confidence.
+    """
+
+    num_steps: int  # of the training; the runner sets it
+
+    def __init__(self, num_exits: int, batch_size: int, beta: float = 1.0) -> None:
+        super().__init__()
+        places = torch.arange(num_exits)
+        self.distances = (places - places.unsqueeze(1)).abs()
+        self.beta, self.step = beta, 0
+
+    def forward(self, exit_losses: ExitLosses) -> Tensor:
+        """Weights [B, K]."""
+        confidence = exit_losses.confidence
+        assert confidence is not None
+        beta = self.beta * self.step / self.num_steps
+        self.step += 1
+        by_exit = len(self.distances) * (-beta * self.distances).softmax(1)
+        thresholds = torch.empty(5, 1, 1).uniform_(confidence.min().item(), confidence.max().item())
+        leaves = confidence > thresholds
+        leaves[..., -1] = True
+        return by_exit[leaves.int().argmax(-1)].mean(0)
+
+
 class Uncertainty(nn.Module):
     """exp(−s_k), mean 1 over the exits, with Σ exp(−s_k)·L_k + s_k/2 descended on in s.
 
@@ -343,6 +399,7 @@ class Arm:
         dropout: before every exit.
         class_balanced: weights are over the frequency of the sample's class, too.
         frozen_from: the arm whose learned weighting weighs here from the start, fixed.
+        frozen_on: the experiment that it was learned in; None for the same.
     """
 
     weighting: Callable[[int, int], Any] = uniform
@@ -358,6 +415,7 @@ class Arm:
     dropout: float = 0.0
     class_balanced: bool = False
     frozen_from: str | None = None
+    frozen_on: str | None = None
 
 
 def ours(*, lr: float | None = 1e-4, **changes: Any) -> Arm:
@@ -381,6 +439,9 @@ ARMS: dict[str, Arm] = {
     "focal": Arm(focal),
     "uncertainty": Arm(Uncertainty),
     "GradNorm": Arm(GradNorm),
+    "hard gates": Arm(hard_gates),
+    "soft gates": Arm(soft_gates),
+    "random thresholds": Arm(RandomThresholds),
     "L2RW": Arm(l2rw, learned=True, lr=None, options={"objective": MeanObjective()}),
     "Meta-Weight-Net": Arm(
         MetaWeightNet,
@@ -462,6 +523,13 @@ ARMS: dict[str, Arm] = {
         form="sigmoid", lr=1e-2, num_classes=10, objective=MeanObjective(), interval=10
     ),
     "predicted, interval 10": ours(form="predicted", lr=None, interval=10, num_classes=10),
+    # What was learned before, as it is.
+    "frozen, learned on digits": Arm(
+        reweighter(form="sigmoid"),
+        warm_up=0.2,
+        frozen_from="sigmoid, lr 1e-2, interval 10",
+        frozen_on="digits-symmetric",
+    ),
     "greedy, halves": Arm(greedy, learned=True, lr=None),
     "greedy, extra meta": Arm(greedy, learned=True, lr=None, meta="extra"),
     "greedy, test as meta": Arm(greedy, learned=True, lr=None, meta="test"),

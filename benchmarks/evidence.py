@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from arms import ARMS, Arm, FreeWeights, GradNorm
+from arms import ARMS, Arm, FreeWeights, GradNorm, RandomThresholds
 from reweight import (
     ExitLosses,
     MetaReweightStep,
@@ -122,6 +123,9 @@ EXPERIMENTS = {
         for kind, share in (("clean", 0.0), ("symmetric", 0.4), ("neighbours", 0.4))
         for num_exits, suffix in ((1, ""), (5, "-exits"))
     },
+    "fashion-2k-symmetric": Experiment(
+        "fashion-mnist", 1, 30, 2000, label_noise=0.4, meta="extra", width=8, hidden=256
+    ),
     **{
         f"long-tail{suffix}": Experiment(
             "fashion-mnist",
@@ -271,6 +275,8 @@ class Run:
         self.weighting = arm.weighting(experiment.num_exits, experiment.batch_size)
         if isinstance(self.weighting, GradNorm):
             self.weighting.shared = self.model.blocks[0][0].weight
+        if isinstance(self.weighting, RandomThresholds):
+            self.weighting.num_steps = self.epochs * self.epoch_steps
         if arm.learned:
             parameters, optimizer = self.weighting.parameters(), None
             if arm.lr is not None:
@@ -287,16 +293,22 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed)
         self.seconds = 0.0
         self.moved: list[float] = []  # mean |w − 1| of each epoch
+        self.agreement: list[float] = []  # of each epoch
+
+    @property
+    def epoch_steps(self) -> int:
+        """Of each epoch, an even number; of a smaller training set as many as of the whole."""
+        num_samples = max(self.experiment.train_size or 0, len(self.train))
+        return 2 * (num_samples // (2 * self.experiment.batch_size))
 
     def pairs(self) -> Iterator[tuple[Samples, Samples]]:
         """One epoch of (train, meta); the order of the training samples depends on the seed alone.
 
         Two training batches at a time, as the halves of one batch whose roles are swapped. What
         conventional training does not look at, it is given all the same. A training set smaller
-        than that of the experiment is gone through as often as it takes for the same steps.
+        than that of the experiment is gone through as often as it takes.
         """
-        size = self.experiment.batch_size
-        num_steps = 2 * (max(self.experiment.train_size or 0, len(self.train)) // (2 * size))
+        size, num_steps = self.experiment.batch_size, self.epoch_steps
         order = torch.cat(
             [
                 torch.randperm(len(self.train), generator=self.generator)
@@ -334,10 +346,11 @@ class Run:
                         weights = weights * self.class_weights[batch[1]].unsqueeze(1)
                 (weights * exit_losses.losses).mean(0).sum().backward()
             self.optimizer.step()
-            seen.append((exit_losses.losses.detach(), weights.detach(), train.is_clean))
+            found = (exit_losses.losses.detach(), weights.detach(), train.is_clean, train.labels)
+            seen.append(found)
         self.scheduler.step()
-        losses, weights, is_clean = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
-        return ExitLosses(losses), weights, is_clean
+        losses, weights, is_clean, labels = map(torch.cat, zip(*seen, strict=True))
+        return ExitLosses(losses, labels=labels), weights, is_clean
 
     def __call__(self, progress: Progress, title: str) -> dict[str, Any]:
         """Train and evaluate; the columns of the row."""
@@ -348,6 +361,9 @@ class Run:
             losses, weights, is_clean = self.train_epoch(epoch)
             self.seconds += time.process_time() - start
             self.moved.append((weights - 1).abs().mean().item())
+            rare = self.class_weights > self.class_weights.median()
+            wanted = rare[losses.labels] if bool(is_clean.all()) else is_clean
+            self.agreement.append(agreement(weights, wanted))
             accuracy = anytime_accuracy(self.evaluate(check)).mean().item()
             if accuracy > best:
                 best, best_epoch = accuracy, epoch + 1
@@ -365,7 +381,8 @@ class Run:
         self.model.load_state_dict(best_state)
         at_best = self.accuracies()
         kept = [name for name in at_best if name.startswith(("exit", "budgeted", "area"))]
-        return row | {"best epoch": best_epoch, **{f"best {name}": at_best[name] for name in kept}}
+        row |= {"best epoch": best_epoch, **{f"best {name}": at_best[name] for name in kept}}
+        return row | {"agreement": self.agreement}
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> ExitLosses:
@@ -405,6 +422,16 @@ def area(cost: list[float], accuracy: list[float], costs: list[int]) -> float:
     return float(np.interp(grid, np.array(cost)[order], np.array(accuracy)[order]).mean())
 
 
+def agreement(weights: Tensor, wanted: Tensor) -> float:
+    """How often a sample that is wanted has a larger mean weight than one that is not, [B, K], [B].
+
+    The area under the ROC curve: 1 where weights tell them apart, 1/2 where they tell nothing.
+    """
+    groups = [weights[rows].mean(1).numpy() for rows in (wanted, ~wanted)]
+    pairs = len(groups[0]) * len(groups[1])
+    return float(mannwhitneyu(*groups).statistic / pairs) if pairs else np.nan
+
+
 def weights_by_loss(losses: Tensor, weights: Tensor) -> dict[str, list[float]]:
     """Mean loss and weight of each tenth of the samples by loss, exit after exit."""
     found: dict[str, list[float]] = {"tenths loss": [], "tenths weight": []}
@@ -420,7 +447,8 @@ def run(experiment: Experiment, name: str, seed: int, progress: Progress) -> dic
     arm = ARMS[name]
     training = Run(experiment, arm, seed)
     if arm.frozen_from is not None:
-        teacher = Run(experiment, ARMS[arm.frozen_from], seed)
+        learned_on = EXPERIMENTS[arm.frozen_on] if arm.frozen_on else experiment
+        teacher = Run(learned_on, ARMS[arm.frozen_from], seed)
         teacher(progress, f"{arm.frozen_from}, for {name}, seed {seed}")
         training = Run(experiment, arm, seed)
         training.weighting = teacher.weighting

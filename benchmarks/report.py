@@ -30,6 +30,7 @@ Row = dict[str, str]
 Rows = dict[str, dict[int, Row]]  # by arm and seed
 
 SIGMOID = "sigmoid, lr 1e-2, interval 10"
+FROZEN = "frozen, learned on digits"
 # What the arms of an experiment are compared with, if it was run, beside conventional training.
 BASES = {"cheaper": ("sigmoid",), "digits-200": ("frozen random", "lr 1e-3")}
 # What the plots show, if it was run: few enough lines to read.
@@ -50,6 +51,7 @@ PLOTTED = {
     "fashion-mnist-neighbours-exits": ("conventional", BY_CLASS),  # of one net all answers tie
     "long-tail": TAIL,
     "long-tail-noise-20": TAIL,
+    "fashion-2k-symmetric": ("conventional", SIGMOID, FROZEN),
     "noise-40": ("conventional", "Meta-Weight-Net", "L2RW", SIGMOID),
     "fashion-5k": ("conventional", "frozen random", "interval 10, lr 1e-3"),
     "cheaper": ("conventional", "sigmoid", "sigmoid, lr 1e-2", "softplus, lr 1e-2", SIGMOID),
@@ -61,6 +63,7 @@ COLORS = {
     "lr 1e-3": "#7e22ce",
     "interval 10, lr 1e-3": "#c2410c",
     SIGMOID: "#15803d",
+    FROZEN: "#c2410c",
     BY_CLASS: "#a16207",
     OFTEN: "#a16207",
     "class-balanced": "#0e7490",
@@ -287,6 +290,30 @@ def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> No
     finish(figure, path)
 
 
+def plot_agreement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
+    """How often a right label, or else one of a rare class, outweighs another, epoch by epoch."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0.5, color="#525252", linewidth=1, linestyle="--")
+    for arm in arms:
+        seeds = np.array([numbers(row, "agreement") for row in rows[arm].values()]).T
+        epochs = np.arange(1, len(seeds) + 1)
+        axes.plot(epochs, seeds, color=COLORS[arm], linewidth=0.7, alpha=0.3)
+        label = f"{arm} ({seeds.shape[1]} seeds)"
+        axes.plot(epochs, seeds.mean(1), color=COLORS[arm], linewidth=1.8, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("area under the ROC curve")
+    axes.set_title(f"{title}: weights against what they should be", fontsize="medium")
+    axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize="small")
+    finish(figure, path)
+
+
+def agrees(rows: dict[int, Row]) -> bool:
+    """Whether every run has noted how its weights agree, and there was something to agree with."""
+    return all(row["agreement"] and "nan" not in row["agreement"] for row in rows.values())
+
+
 def finish(figure: Figure, path: Path) -> None:
     """Quiet axes, and the PNG."""
     for axes in figure.axes:
@@ -352,6 +379,9 @@ def main(arguments: list[str] | None = None) -> None:
         if len(chosen) > 1:
             plots["weights"] = partial(plot_weights, arms=chosen[1:])
             plots["movement"] = partial(plot_movement, arms=chosen[1:])
+        known = [arm for arm in chosen[1:] if agrees(rows[arm])]
+        if known:
+            plots["agreement"] = partial(plot_agreement, arms=known)
         blocks = [table(rows, BASES.get(name, ("frozen random",)))]
         for kind, plot in plots.items():
             plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)

@@ -21,15 +21,16 @@ class SampleReweighter(nn.Module):
 
         tanh       w = 1 + strength · (tanh(raw) − mean(tanh(raw)))
         sigmoid    w = sigmoid(raw) / mean(sigmoid(raw))
-        predicted  w = p / max(mean(p), ½·√mean(p²)), p = max(0, raw)
+        predicted  w = p / max(mean(p), ½·√mean(p²)), p = max(0, 1 + raw)
 
     The first is that of Han, Pu et al. (ECCV 2022), made for multi-exit networks: weights stay near
     1, and above a strength of K/(2(K−1)) some can be negative (−0.28 at K = 5 and 0.8). The second
     is that of Meta-Weight-Net (Shu et al., NeurIPS 2019): weights are positive and can reach 0. The
     third is for wrong labels that the losses do not give away, as those of a similar class: by
-    regression on the last ten batches that were judged g predicts −∂L_meta/∂w, and the weights are
-    what :class:`DirectWeights` would make of it. It learns from the first update on, from labels
-    and probabilities (``num_classes=C``); its meta loss is by default the mean.
+    regression on the last ten batches that were judged g predicts how far −∂L_meta/∂w is above its
+    mean over the batch, in units of its mean distance from it, and 1 more is made weights as
+    :class:`DirectWeights` are made. It learns from the first update on, from labels and
+    probabilities (``num_classes=C``); its meta loss is by default the mean.
 
     Args:
         num_exits: K.
@@ -136,7 +137,7 @@ class SampleReweighter(nn.Module):
         exit_losses = losses if isinstance(losses, ExitLosses) else ExitLosses(losses)
         raw: Tensor = self.network(self.seen(exit_losses)).to(exit_losses.losses)
         if self.form == "predicted":
-            positive = raw.clamp(min=0)
+            positive = (1 + raw).clamp(min=0)
             mean, squares = (self._mean(each, exit_losses) for each in (positive, positive**2))
             scale = bounded_scale(mean, squares)
             weights = torch.where(mean > 0, positive / scale, 1)

@@ -70,7 +70,7 @@ def test_another_number_of_exits_is_named(losses) -> None:
 def test_weights_of_a_prediction_are_direct_weights_of_it(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     raw = torch.randn(40, 3, dtype=dtype)
-    raw[1:, 1] = -raw[1:, 1].abs()  # one sample has all
+    raw[1:, 1] = -1 - raw[1:, 1].abs()  # one sample has all
     raw[0, 1] = 1
     reweighter = SampleReweighter(3, form="predicted").to(dtype)
     reweighter.network = torch.nn.Linear(3, 3, bias=False, dtype=dtype)
@@ -79,5 +79,5 @@ def test_weights_of_a_prediction_are_direct_weights_of_it(dtype: torch.dtype) ->
     valid = torch.arange(40) < 33
     losses = ExitLosses(raw, valid=valid)
     weights = reweighter(losses).detach()[valid]
-    torch.testing.assert_close(weights, DirectWeights(3)(losses, -raw / 33)[valid])
+    torch.testing.assert_close(weights, DirectWeights(3)(losses, -(1 + raw) / 33)[valid])
     assert weights[0, 1].item() == pytest.approx(2 * 33**0.5)

@@ -61,6 +61,8 @@ def test_every_arm_takes_steps(name: str) -> None:
         (arms.uniform, 1),
         (arms.linear, 1),
         (arms.inverse, 1),
+        (arms.hard_gates, 1),
+        (arms.soft_gates, 1),
         (arms.Uncertainty, 1),
         (arms.hand_designed, 1),
         (arms.focal, 0),
@@ -85,6 +87,41 @@ def test_selection_is_zero_or_one_scale(exit_losses: ExitLosses) -> None:
     for k in range(3):
         chosen = weights[weights[:, k] > 0, k]
         torch.testing.assert_close(chosen, torch.full_like(chosen, 40 / len(chosen)))
+
+
+def test_gates_shut_after_an_exit_that_is_right_and_sure() -> None:
+    found = ExitLosses(
+        torch.tensor([[0.1, 0.1, 0.1]] * 3),
+        confidence=torch.tensor([[0.95, 0.1, 0.1], [0.5, 0.99, 0.1], [0.95, 0.95, 0.95]]),
+        correct=torch.tensor([[True, True, True], [True, True, True], [False, False, True]]),
+    )
+    shut = arms.hard_gates(3, 3)(found) < 0.01
+    assert shut.tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+    soft = arms.soft_gates(3, 3)(found)[0]
+    left = 1 - torch.tensor(-0.1).exp()
+    expected = torch.stack([left**0, left, left**2]) + 1e-3
+    torch.testing.assert_close(soft, expected / expected.mean())
+
+
+def test_random_thresholds_favour_the_exit_that_is_left_at() -> None:
+    """Only the second sample is ever above a threshold, at its second exit; β is at its end."""
+    weighting = arms.RandomThresholds(3, 2, beta=2.0)
+    weighting.num_steps = weighting.step = 7
+    confidence = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.9, 0.1]])
+    found = ExitLosses(torch.ones(2, 3), confidence=confidence)
+    weights = weighting(found)
+    expected = 3 * torch.tensor([[-4.0, -2.0, 0.0], [-2.0, 0.0, -2.0]]).softmax(1)
+    torch.testing.assert_close(weights, expected)
+    weighting.step = 0
+    torch.testing.assert_close(weighting(found), torch.ones(2, 3))
+
+
+def test_agreement_is_the_share_of_pairs_in_order() -> None:
+    weights = torch.tensor([[3.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    wanted = torch.tensor([True, True, False, False])
+    assert evidence.agreement(weights, wanted) == 0.5  # of means 2, 0 against 1, 1
+    assert evidence.agreement(weights, torch.tensor([True, False, False, True])) == 0.875
+    assert np.isnan(evidence.agreement(weights, torch.ones(4, dtype=torch.bool)))
 
 
 def test_exit_probability_keeps_each_samples_loss(exit_losses: ExitLosses) -> None:

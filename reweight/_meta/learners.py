@@ -23,7 +23,11 @@ Lesson = tuple[Tensor, Tensor, Tensor]
 
 
 class PredictedLearner(ReweighterLearner):
-    """Regression on −∂L_meta/∂w, in units of its mean size in the batch at each exit.
+    """Regression on −∂L_meta/∂w less its mean over the batch, in units of what is left's mean size.
+
+    The mean is of the step, not of a sample, and weights that average 1 cannot follow it. Left in,
+    it is below 0 whenever the step is too long: most weights are then 0 until the next update, and
+    the few others make steps of a rate that is for many.
 
     A step down the hypergradient moves the weights of a batch a little and is all that is made of
     it. As a target it is learned from as often as it takes: by ten steps of the optimizer, on the
@@ -74,9 +78,12 @@ class PredictedLearner(ReweighterLearner):
         known = ok & (value != 0)
         shares = known * losses.sample_shares()
         value = torch.where(known, value, 0)
-        size, share = sum_over_ranks(torch.stack([(shares * value.abs()).sum(0), shares.sum(0)]))
+        total, share = sum_over_ranks(torch.stack([(shares * value).sum(0), shares.sum(0)]))
+        share = torch.where(share > 0, share, 1)
+        value = torch.where(known, value - total / share, 0)
+        size = sum_over_ranks((shares * value.abs()).sum(0)) / share
         seen = torch.where(known.any(1, keepdim=True), see(losses), 0)
-        target = -value / torch.where(size > 0, size / share, 1)
+        target = -value / torch.where(size > 0, size, 1)
         return seen, target.to(seen), shares.to(seen)
 
     def state_dict(self) -> dict[str, Any]:
