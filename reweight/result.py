@@ -115,7 +115,7 @@ class StepResult(NamedTuple):
     @classmethod
     def of(cls, losses: ExitLosses, weights: Tensor, update: Update | None) -> "StepResult":
         """The report of a step with these losses and weights, and perhaps an update."""
-        losses = losses._replace(losses=losses.losses.detach())
+        losses, weights = losses._replace(losses=losses.losses.detach()), weights.detach()
         train_loss = losses.mean_over_samples(weights * losses.losses).sum()
         auxiliary = None if losses.auxiliary is None else losses.auxiliary.detach()
         if auxiliary is not None:

@@ -257,7 +257,7 @@ def test_fixed_weightings_are_drawn_once_and_weigh_by_loss(exit_losses: ExitLoss
 
 
 def test_headroom_chooses_by_the_outcome_and_judges_with_fresh_seeds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", replace(TINY, epochs=1))
     path, counts = tmp_path / "headroom.csv", []
     for _ in range(2):
         arguments = ["--experiment", "tiny", "--candidates", "16", "--results", str(path)]

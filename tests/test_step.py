@@ -170,13 +170,13 @@ def test_interval_counts_calls() -> None:
 
 
 def test_descends_on_the_meta_loss() -> None:
-    """Two hundred updates of the reweighter alone: the loss after the step goes down."""
+    """Eighty updates of the reweighter alone: the loss after the step goes down."""
     step = make(objective=MeanObjective())
     step.reweighter_optimizer.param_groups[0]["lr"] = 1e-2
     train, meta = batches()
-    values = [step.update_reweighter(train, meta).meta_loss.item() for _ in range(200)]
+    values = [step.update_reweighter(train, meta).meta_loss.item() for _ in range(80)]
     assert values[-1] < values[0] - 1e-3
-    assert sum(b < a for a, b in pairwise(values)) > 150
+    assert sum(b < a for a, b in pairwise(values)) > 60
 
 
 def test_single_exit_is_meta_weight_net() -> None:

@@ -44,8 +44,16 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
     norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
+    # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
+    shares = (problem.first.sample_shares * known.weights).abs()
+    loss = (shares * problem.first.losses.losses.detach()).abs().sum() / shares.sum()
+    by_heart = 8 * problem.precision ** (2 / 3) / loss.clamp(min=problem.precision)
     sums = torch.stack(dots)
-    sizes = terms.abs().sum(), sums.abs().sum(), norms * problem.precision ** (1 / 3)
+    sizes = (
+        terms.abs().sum() * by_heart.clamp(min=1),
+        sums.abs().sum(),
+        norms * problem.precision ** (1 / 3),
+    )
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 

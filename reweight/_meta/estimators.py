@@ -124,7 +124,7 @@ def unrolled(problem: MetaProblem) -> Hypergradient:
     sources = [weights, *gradients.values()]
     value, *tangents = _grad([ahead.parameters[n] for n in gradients], sources, cotangents)
     direction = dict(zip(gradients, sums_over_ranks(tangents), strict=True))
-    known = Known(weights, gradients, problem.first.accumulated)
+    known = Known(problem.weights, gradients, problem.first.accumulated)
     parts = both_ways(problem, known, direction, value)
     return Hypergradient(value, meta_loss, ahead.num_zero_moments, parts)
 

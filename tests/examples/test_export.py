@@ -15,7 +15,15 @@ from small import MultiExitMLP
 SHAPE = (1, 8, 8)
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MultiExitMLP(SHAPE, 5, num_exits=3, width=4),
-    "msdnet": lambda: MSDNet(5, num_exits=2, in_channels=1, channels=4, growth=4),
+    "msdnet": lambda: MSDNet(
+        5,
+        num_exits=2,
+        in_channels=1,
+        channels=4,
+        growth=4,
+        growth_factors=(1, 2),
+        bottleneck_factors=(1, 2),
+    ),
     "ranet": lambda: RANet(
         5,
         in_channels=1,

@@ -118,7 +118,7 @@ def test_exits_learn(arm: str) -> None:
     model, samples = make(), samples_of(64, length=1)
     torch.manual_seed(1)
     before = evaluate(model, samples).losses.mean(0)
-    train(model.train(), NUM_LAYERS, samples, arm, settings(epochs=20))
+    train(model.train(), NUM_LAYERS, samples, arm, settings(epochs=12))
     assert (evaluate(model, samples).losses.mean(0) < 0.9 * before).all()
 
 
