@@ -1,6 +1,6 @@
-"""Is the hypergradient right on what others wrote? PyTorch's own databases, and architectures.
+"""Is the hypergradient right on what others wrote? PyTorch's own databases, and whole models.
 
-    python benchmarks/sweeps.py --ops --modules --optimizers --architectures
+    python benchmarks/sweeps.py --ops --modules --optimizers --architectures --timm --peft
     python benchmarks/sweeps.py --ops --only embedding linalg  # these anew, the other rows stay
     python benchmarks/sweeps.py --ops --resume                 # go on where it was cut off
     python benchmarks/sweeps.py --ops --failed                 # what was not exact, anew
@@ -28,7 +28,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from databases import architectures, modules, ops, optimizers
+from databases import architectures, modules, ops, optimizers, peft_methods, timm_families
 from databases.judge import EXACT, OUTCOMES
 from databases.runner import DTYPES, Sweep, append, read, run, write
 
@@ -38,6 +38,8 @@ SWEEPS = {
     "modules": Sweep(modules.entries, modules.cases),
     "optimizers": Sweep(optimizers.entries, optimizers.cases),
     "architectures": Sweep(architectures.entries, architectures.cases, ("torch", "transformers")),
+    "timm": Sweep(timm_families.entries, timm_families.cases, ("torch", "timm")),
+    "peft": Sweep(peft_methods.entries, peft_methods.cases, ("torch", "transformers", "peft")),
 }
 RUNGS = ("by its backward", "by differences of that operation")
 """How an operation without a forward rule gets its tangents, as a row's ``how`` says it."""

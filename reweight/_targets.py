@@ -22,7 +22,7 @@ def exits_of(
         got = type(target).__name__
         if isinstance(target, Tensor):
             got = f"a tensor of {target.dtype}, shape {list(target.shape)}"
-            got += "" if target.is_floating_point() else ": call target.long()"
+            got += ": call target.long() if they are class indices"
         raise TypeError(
             "`target` must hold class indices as an int64 tensor, or probabilities [..., C] as a "
             f"floating point one, got {got}."
@@ -70,7 +70,8 @@ def exits_of(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "
                 f"dimension, {[*samples, classes]}, got {list(each.shape)}. Class indices are one "
                 "number for each sample: target.squeeze(-1) of a column, target.argmax(-1) of rows "
-                "of 0 and 1. Take input and target from the same batch."
+                "of 0 and 1. Take input and target from the same batch. If the model returns more "
+                "than logits, pass `exits=`."
             )
     return exits
 

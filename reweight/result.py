@@ -94,13 +94,17 @@ class StepResult(NamedTuple):
 
         Returns:
             ``train_loss``; ``loss/exit_k`` and ``weight/exit_k``, means over the samples, k from 1;
+            ``weight_std/exit_k``, their standard deviation, near 0 while nothing has been learned;
             where the reweighter was updated also ``meta_loss``, ``hypergradient_norm`` and
             ``share/exit_k``, the share of the meta batch that exit k is judged on.
         """
         found = {"train_loss": self.train_loss}
+        mean = self.losses.mean_over_samples
+        average = mean(self.weights)
         columns = {
-            "loss": self.losses.mean_over_samples(self.losses.losses),
-            "weight": self.losses.mean_over_samples(self.weights),
+            "loss": mean(self.losses.losses),
+            "weight": average,
+            "weight_std": mean((self.weights - average).square()).sqrt(),
             "share": self.exit_shares,
         }
         for name, values in columns.items():

@@ -180,7 +180,7 @@ class MetaReweightStep:
         train = unpack(train, "`train`")
         meta = None if meta is None and self.lagged else unpack(meta, "`meta`")
         waiting, postponed = self._lookahead.still_waiting() if meta is None else None, None
-        beginning, cache, update = Beginning(self._inner), PrimalCache(), None
+        beginning, cache, update = Beginning(self._inner), PrimalCache(self._inner), None
         due = self._learner.is_due
         moved, lagged = self._lookahead.moved() if due else {}, due and self.lagged
         # If the backward is not the last thing that may fail, what it adds to must be copied.
@@ -189,7 +189,7 @@ class MetaReweightStep:
         # A static graph wants its first forward followed by its backward and by nothing else.
         unsettled = due and not lagged and is_unsettled(self.model)
         lean = self.lean or unsettled
-        spare = self._forward.spare(train)
+        spare = cache.take(train, self._forward.spare(train))
         forward = partial(self._forward, beginning=beginning)
         try:
             with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
@@ -239,7 +239,7 @@ class MetaReweightStep:
         """
         train, meta = unpack(train, "`train`"), unpack(meta, "`meta`")
         self._learner.require_trainable()
-        beginning, cache = Beginning(self._inner), PrimalCache()
+        beginning, cache = Beginning(self._inner), PrimalCache(self._inner)
         moved, keep = self._lookahead.moved(), not self.lean
 
         def learn(losses: ExitLosses) -> tuple[ExitLosses, Tensor, Update]:

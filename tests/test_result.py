@@ -42,6 +42,8 @@ def test_scalars_are_those_of_every_exit_and_of_the_update() -> None:
         "loss/exit_2": 4.0,
         "weight/exit_1": 1.0,
         "weight/exit_2": 1.0,
+        "weight_std/exit_1": pytest.approx((2 * 0.25 / 3) ** 0.5),
+        "weight_std/exit_2": pytest.approx((2 * 0.25 / 3) ** 0.5),
         "share/exit_1": 0.75,
         "share/exit_2": 0.25,
         "meta_loss": 0.25,

@@ -44,7 +44,8 @@ class MachineCode(NamedTuple):
             return False
         num_elements = self.options["ROWS"] * self.options["BLOCK"]
         num_accesses = num_elements // (self.options["VECTOR"] * 32 * self.options["num_warps"])
-        wanted = num_accesses, ("backward" in self.name) * num_accesses
+        num_matrices = 2 if "tangent" in self.name else 1
+        wanted = num_matrices * num_accesses, ("backward" in self.name) * num_accesses
         return (self.num_wide_loads, self.num_wide_stores) != wanted
 
 
@@ -78,6 +79,7 @@ def machine_code(architecture: int) -> list[MachineCode]:
         _, confidence, _, peak = triton_kernels.forward([logits], *options)
         upstream = torch.ones(1, 2)
         triton_kernels.backward([logits], *options, peak, confidence, upstream)
+        triton_kernels.tangent([logits], *options, peak, confidence, [logits])
 
     with patch.dict(vars(driver)), patch.object(JITFunction, "run", compile_only):
         driver.set_active(_Driver(architecture))

@@ -8,12 +8,14 @@ import os
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", "3.2")
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
 from reweight._kernels import triton_kernels
+from reweight._passes.forward_mode import load_forward_mode
 
 # NumPy warns where a GPU does not: about log 0 and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -49,12 +51,22 @@ def check(logits: list[Tensor], target: Tensor, label_smoothing: float = 0.0) ->
     gradients = triton_kernels.backward(
         logits, target, IGNORED, label_smoothing, peak, confidence, upstream
     )
+    moved = [torch.randn(z.shape).to(z.dtype) for z in logits]
+    products = triton_kernels.tangent(
+        logits, target, IGNORED, label_smoothing, peak, confidence, moved
+    )
     expected = truth(logits, target, label_smoothing, upstream)
     # Some ten float32 operations, each within 6e-8 of values whose size is that of the result.
     close = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
     torch.testing.assert_close(losses.double(), expected[0], **close)
     torch.testing.assert_close(confidence.double(), expected[1], **close)
     assert torch.equal(correct, expected[2])
+    for dl, dz, dl_dz, g in zip(products, moved, expected[3], upstream, strict=True):
+        terms = dl_dz * dz.double() / g.double()[:, None]
+        size = terms.abs().sum(1) + 2 * dz.double().abs().amax(1)  # that of what is added up
+        error = (dl - terms.sum(1)).abs()
+        assert torch.equal(error.isnan(), size.isnan())
+        assert (error.nan_to_num() <= 1e-6 * size.nan_to_num(1)).all()
     assert losses.dtype == confidence.dtype == peak.dtype == torch.float32
     for z, ours, theirs, g in zip(logits, gradients, expected[3], upstream, strict=True):
         assert ours.dtype == z.dtype
@@ -158,6 +170,12 @@ def test_nan_stays_in_its_row_and_out_of_ignored_rows(blocks) -> None:
     assert losses[0, 1] == 0
     assert not correct[0, 1]
     assert (gradient[1] == 0).all()
+    (product,) = triton_kernels.tangent(
+        [z], target, IGNORED, 0.1, peak, confidence, [torch.ones_like(z)]
+    )
+    assert product[5].isnan()
+    assert not product[others].isnan().any()
+    assert product[1] == 0
 
 
 def test_a_target_out_of_range_gives_nan() -> None:
@@ -176,6 +194,15 @@ def test_through_the_public_function(form) -> None:
     target = torch.tensor([0, 4, -100, 2, 1, 3, 0])
     logits = torch.stack(leaves) if form == "stacked" else leaves
     upstream = torch.rand(7, 2)
+    load_forward_mode()
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(z.detach(), torch.randn_like(z)) for z in leaves]
+        duals = torch.stack(duals) if form == "stacked" else duals
+        moved = [
+            forward_ad.unpack_dual(exit_cross_entropy(duals, target, impl=impl).losses).tangent
+            for impl in ("triton", "reference")
+        ]
+        torch.testing.assert_close(*moved)
     ours = exit_cross_entropy(logits, target, impl="triton")
     theirs = exit_cross_entropy(logits, target, impl="reference")
     torch.testing.assert_close(ours.losses, theirs.losses)

@@ -157,8 +157,10 @@ class ExitCrossEntropy(torch.autograd.Function):
         logits, exponentials = tensors[: len(moved)], tensors[len(moved) :]
         rest: tuple[int | None, float] = ctx.rest
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (*logits, *moved))
-        if ctx.implementation == "torch" and not graph and is_plain(*moved):
-            of_losses = torch_kernels.tangent(logits, target, *rest, peak, confidence, moved)
+        if not graph and is_plain(*moved):
+            of_losses = kernel_tangent(
+                ctx.implementation, logits, target, *rest, peak, confidence, moved
+            )
         else:
             slopes = (derivative(rows, target, *rest) for rows in logits)
             products = [(slope * dz).sum(1) for slope, dz in zip(slopes, moved, strict=True)]
@@ -211,6 +213,27 @@ def kernel_backward(
     return triton_kernels.backward(
         sources, target, ignored, label_smoothing, peak, confidence, upstream
     )
+
+
+def kernel_tangent(
+    implementation: str,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int | None,
+    label_smoothing: float,
+    peak: Tensor,
+    confidence: Tensor,
+    moved: Sequence[Tensor],
+) -> Tensor:
+    """⟨p − q, dz⟩ of each row [K, N]; see the kernels for the arguments."""
+    if implementation == "torch":
+        return torch_kernels.tangent(
+            logits, target, ignore_index, label_smoothing, peak, confidence, moved
+        )
+    from reweight._kernels import triton_kernels
+
+    ignored = _NO_CLASS if ignore_index is None else ignore_index
+    return triton_kernels.tangent(logits, target, ignored, label_smoothing, peak, confidence, moved)
 
 
 def is_plain(*tensors: Tensor) -> bool:

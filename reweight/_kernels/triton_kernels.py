@@ -1,9 +1,7 @@
-"""Cross-entropy of all exits in one Triton launch forward and one backward; no autograd here.
+"""Cross-entropy of all exits in one Triton launch for each mode; no autograd here.
 
-With S the bytes of all logits, the forward pass reads S and the backward pass reads S and writes
-S: the least there is, since the losses must be known before the gradient. All else is O(K·N); an
-ignored row is not read again by the backward pass.
-
+With S the bytes of all logits, the forward pass reads S, the backward pass reads S and writes S,
+forward mode reads 2·S: the least there is. All else is O(K·N); the latter two read no ignored row.
 Statistics are float32 whatever the dtype of the logits, and what is rounded is rounded once. A
 target out of range gives a NaN loss: looking from the host would wait for the device.
 """
@@ -84,6 +82,28 @@ def backward(
             **options,
         )
     return gradients
+
+
+def tangent(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    peak: Tensor,
+    confidence: Tensor,
+    moved: Sequence[Tensor],
+) -> Tensor:
+    """What the losses move by, [K, N], if the logits move so; all else as in :func:`backward`."""
+    rows, table, options = _prepare(logits, moved := [dz.contiguous() for dz in moved])
+    options["num_warps"] *= 2  # which hold two matrices
+    target, products = target.contiguous(), torch.empty_like(peak)
+    with torch.cuda.device_of(target):
+        _tangent_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows))](
+            *(table, target, peak, confidence, products),
+            *(len(target), ignore_index, float(label_smoothing)),
+            **options,
+        )
+    return products
 
 
 def configuration(num_classes: int, dtype: torch.dtype, alignment: int) -> dict[str, Any]:
@@ -239,3 +259,42 @@ def _backward_kernel(
     dz = tl.where(mask, g * (tl.exp(z - m) * p_max - q), 0.0)
     out = gradient + (row * num_classes)[:, None] + column
     tl.store(out, dz.to(DTYPE), mask=inside[:, None] & (column < num_classes))
+
+
+@triton.jit(do_not_specialize=list(range(8)))
+def _tangent_kernel(
+    table,
+    target,
+    peak,
+    confidence,
+    products,
+    num_rows,
+    ignore_index,
+    smoothing,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(1).to(tl.int64)
+    logits, moved, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    y = tl.load(target + row, mask=inside, other=ignore_index)
+    valid = y != ignore_index
+    known, at = valid & (y >= 0) & (y < num_classes), index * num_rows + row
+    m, p_max = tl.load(peak + at, mask=valid), tl.load(confidence + at, mask=valid)
+    first, first_moved = logits + row * stride, moved + row * num_classes
+    dz_y = tl.load(first_moved + y, mask=known, other=float("nan")).to(tl.float32)
+    # dl = Σ_c exp(z_c - m) dz_c / s - Σ_c q_c dz_c with q_c = (1 - ε) [c = y] + ε / C
+    mixed, total = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, num_classes, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        mask = valid[:, None] & (column < num_classes)
+        z = tl.load(first[:, None] + column, mask=mask, other=-float("inf")).to(tl.float32)
+        dz = tl.load(first_moved[:, None] + column, mask=mask, other=0.0).to(tl.float32)
+        mixed += tl.sum(tl.where(mask, tl.exp(z - m[:, None]) * dz, 0.0), 1)
+        total += tl.sum(dz, 1)
+    mixed = mixed * p_max - (1 - smoothing) * dz_y - smoothing / num_classes * total
+    tl.store(products + at, tl.where(valid, mixed, 0.0), mask=inside)

@@ -45,8 +45,8 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
     norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
-    shares = (problem.first.sample_shares * known.weights).abs()
-    loss = (shares * problem.first.losses.losses.detach()).abs().sum() / shares.sum()
+    of_samples = (problem.first.sample_shares * known.weights).abs()
+    loss = (of_samples * problem.first.losses.losses.detach()).abs().sum() / of_samples.sum()
     by_heart = 8 * problem.precision ** (2 / 3) / loss.clamp(min=problem.precision)
     sums = torch.stack(dots)
     sizes = (

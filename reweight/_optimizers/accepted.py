@@ -78,7 +78,7 @@ def log_what_stays(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> None
     if left:
         _logger.warning(
             "`optimizer` holds all trainable parameters of `model` but %d, which stay as they are: "
-            "%s. Freeze them, or give them to it.",
+            "%s. Freeze them, or give them to it; several optimizers go in as a list.",
             len(left),
             ", ".join(left[:3] + ["…"] * (len(left) > 3)),
         )

@@ -21,7 +21,7 @@ def by_rule(
     num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
     for members in together(parameters, states):
         chosen = [local(parameters[i]) for i in members]
-        values, slope = _moved(
+        new, slope = _moved(
             optimizer,
             group,
             joined(chosen),
@@ -34,13 +34,20 @@ def by_rule(
             _count(states[members[0]]),
         )
         slopes: Sequence[Tensor | float] = [slope] * len(members)
-        if isinstance(slope, Tensor) and slope.shape == values.shape:
+        if isinstance(slope, Tensor) and slope.shape == new.shape:
             num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
             slopes = parted(slope.nan_to_num_(0, 0, 0), chosen)
-        for i, value, slope in zip(members, parted(values, chosen), slopes, strict=True):
+        for i, value, slope in zip(members, parted(new, chosen), slopes, strict=True):
             found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
-    moved, slopes = zip(*found, strict=True)
-    return list(_Moved.apply(slopes, *gradients, *moved)), num_zero  # type: ignore[no-untyped-call]
+    values, slopes = zip(*found, strict=True)
+    return moved(gradients, values, slopes), num_zero
+
+
+def moved(
+    gradients: Sequence[Tensor], values: Sequence[Tensor], slopes: Sequence[Tensor | float]
+) -> list[Tensor]:
+    """θ̂ as a function of the gradients, with those slopes."""
+    return list(_Moved.apply(slopes, *gradients, *values))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -68,21 +75,26 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = [
-            None if cotangent is None else (cotangent * slope).to(cotangent.dtype)
-            for cotangent, slope in zip(cotangents, ctx.slopes, strict=True)
-        ]
-        return None, *gradients, *(None for _ in cotangents)
+        pairs, rest = list(zip(cotangents, ctx.slopes, strict=True)), [None] * len(cotangents)
+        there = [c for c in cotangents if c is not None]
+        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
+        if len(there) == len(pairs) and (numbers or all(map(_is_like, ctx.slopes, there))):
+            return None, *torch._foreach_mul(there, ctx.slopes), *rest
+        return None, *(None if c is None else (c * slope).to(c.dtype) for c, slope in pairs), *rest
 
 
-_SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
+def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
+    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
+
+
+SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
 
 
 def together(tensors: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Which go through operations as one: small ones that have come equally far."""
     found: dict[Any, list[int]] = defaultdict(list)
     for i, (p, state) in enumerate(zip(tensors, states, strict=True)):
-        count, small = _count(state), p.numel() <= _SMALL and p.is_contiguous()
+        count, small = _count(state), p.numel() <= SMALL and p.is_contiguous()
         moments = [name for name, value in state.items() if isinstance(value, Tensor)]
         like = (count, p.device, p.dtype, *moments) if small and type(count) is float else i
         found[like].append(i)

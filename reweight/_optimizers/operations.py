@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import SymFloat, Tensor
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from reweight._optimizers.scalars import Refused
 
@@ -16,6 +16,11 @@ aten = torch.ops.aten
 LOW = (torch.bfloat16, torch.float16)
 SIGNS = frozenset({"sign", "sgn", "round", "floor", "ceil", "trunc", "heaviside"})
 """Their derivative is 0, where they have one."""
+_OF_ENTRIES = frozenset(
+    {"copy", "fill", "zero", "_to_copy", "detach", "alias", "empty_like", "zeros_like", "ones_like"}
+    | {"full_like", "_has_compatible_shallow_copy_type", "is_same_size"}
+)
+_ROUNDS_BY_PLACE = frozenset({"pow", "atan2", "hypot"})  # on the CPU, at the end of a tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Operation:
         is_known: whether it is PyTorch's own; what others do to memory is not to be seen.
         is_view: whether what it returns lies in the memory of an argument.
         is_list: whether it is one of torch._foreach_*.
+        is_entrywise: whether an entry of a result depends on that of the arguments alone.
         makes_constants: whether the values of its arguments play no part.
         written: position and name of the arguments that it writes to.
         is_out: whether those are only written to.
@@ -37,6 +43,7 @@ class Operation:
     is_known: bool
     is_view: bool
     is_list: bool
+    is_entrywise: bool
     makes_constants: bool
     written: tuple[tuple[int, str], ...]
     is_out: bool
@@ -70,11 +77,17 @@ def operation(func: OpOverload) -> Operation:
         or torch.Tag.inplace_view in func.tags
         or any(alias is not None and not alias.is_write for alias in returned),
         is_list=full_name.startswith("_foreach_"),
+        is_entrywise=name in _OF_ENTRIES
+        or (name not in _ROUNDS_BY_PLACE and _is_pointwise(getattr(aten, name, packet))),
         makes_constants=name.startswith("new_") or name.endswith("_like") or name == "zero",
         written=written,
         is_out=is_out,
         functional=functional,
     )
+
+
+def _is_pointwise(packet: OpOverloadPacket) -> bool:
+    return any(torch.Tag.pointwise in getattr(packet, one).tags for one in packet.overloads())
 
 
 def one_by_one(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -35,10 +35,12 @@ class How(NamedTuple):
     Attributes:
         widened: in float32 where it asks for less; code of its own may not bear that.
         keeps_numbers: see :class:`Recorder`; code of its own may take no number but Python's.
+        by_entries: whether many parameters can go through it as one.
     """
 
     widened: bool = True
     keeps_numbers: bool = True
+    by_entries: bool = False
 
 
 USUAL = How()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
-from reweight._optimizers.entries import joined, parted, together
+from reweight._optimizers.entries import joined, moved, parted, together
+from reweight._optimizers.recorded_entries import Slopes, entry_by_entry
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.verification import kinds, verify
 from reweight._ranks.collectives import local
@@ -32,8 +33,8 @@ def by_recording(
     Args:
         optimizer: of any class.
         gradients: by the id of the parameter; None for none. Others keep the gradient they have.
-        num_cut: a count, to which a backward adds the entries of its derivative that are not
-            finite, and so taken as 0.
+        num_cut: a count, to which the entries of its derivative that are not finite, and so taken
+            as 0, are added: here, or by a backward where entries depend on each other.
 
     Raises:
         TypeError: the step has no derivative, or cannot be recorded.
@@ -47,19 +48,43 @@ def by_recording(
             how, moved_at_all = verify(optimizer, gradients)
             known = _Verified(known.kind, known.kinds | (found if moved_at_all else set()), how)
             _verified[optimizer] = known
+        if known.how.by_entries and (step := entry_by_entry(optimizer, gradients, known.how)):
+            return _by_slopes(step, gradients, num_cut)
         tracked = {key: g for key, g in gradients.items() if g is not None and g.requires_grad}
         is_finite = torch.ones_like(num_cut, dtype=torch.bool)
         cut = _Cut.apply(is_finite, num_cut, *tracked.values())  # type: ignore[no-untyped-call]
         given = {**gradients, **dict(zip(tracked, cut, strict=True))}
-        moved = recorded_step(optimizer, given, known.how).parameters
+        parameters = recorded_step(optimizer, given, known.how).parameters
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise TypeError(why_not(optimizer, error)) from error
     if tracked:
-        looked = _Looked.apply(is_finite, cut[0], *moved.values())  # type: ignore[no-untyped-call]
-        moved = dict(zip(moved, looked, strict=True))
-    return moved
+        looked = _Looked.apply(  # type: ignore[no-untyped-call]
+            is_finite, cut[0], *parameters.values()
+        )
+        parameters = dict(zip(parameters, looked, strict=True))
+    return parameters
+
+
+def _by_slopes(
+    step: Slopes, gradients: Mapping[int, Tensor | None], num_cut: Tensor
+) -> dict[int, Tensor]:
+    """θ̂ of values and slopes; slopes that are not finite become 0, and are counted."""
+    held = {key: g for key, g in gradients.items() if g is not None}
+    slopes: dict[int, Tensor] = {}
+    for members in together(list(step.slopes.values()), [{}] * len(step.slopes)):
+        keys = [list(step.slopes)[i] for i in members]
+        parts = [step.slopes[key] for key in keys]
+        part = joined(parts)
+        num_cut += torch.count_nonzero(part - part).to(num_cut.device)  # NaN where not finite
+        slopes.update(zip(keys, parted(part.nan_to_num(0, 0, 0), parts), strict=True))
+    found = moved(
+        list(held.values()),
+        [shard_like(g, step.values[key]) for key, g in held.items()],
+        [shard_like(g, slopes[key]) for key, g in held.items()],
+    )
+    return dict(zip(held, found, strict=True))
 
 
 class _Cut(torch.autograd.Function):

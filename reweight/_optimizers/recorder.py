@@ -55,11 +55,13 @@ class Recorder(TorchDispatchMode):
         signs: operations that it went through whose derivative is 0.
         lost: operations that have no derivative, of what depends on the gradient.
         is_widened: whether the step asked for a lower type than ``wide``.
+        is_entrywise: whether what becomes of an entry depends on no other.
     """
 
     def __init__(self, wide: torch.dtype | None = None, keeps_numbers: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_constants = self.is_widened = False
+        self.is_entrywise = True
         self.signs: set[str] = set()
         self.lost: set[str] = set()
         self._wide, self._keeps_numbers = wide, keeps_numbers
@@ -72,7 +74,7 @@ class Recorder(TorchDispatchMode):
 
     def numbers(self) -> NumbersKept:
         """To go around the step too: what no dispatch mode sees."""
-        return NumbersKept(self._number_of, self._constant_of)
+        return NumbersKept(self._number_of, self._constant_of, self._on_size)
 
     def read(self, tensor: Tensor) -> Tensor:
         """What this view of a storage holds now."""
@@ -129,6 +131,8 @@ class Recorder(TorchDispatchMode):
             raise Refused(f"its step calls {func}, which is not an operation of PyTorch's own")
         if self._wide is not None and kwargs.get("dtype") in LOW:
             kwargs, self.is_widened = {**kwargs, "dtype": self._wide}, True
+        if self.is_entrywise and not op.is_entrywise:
+            self.is_entrywise = not any(t.dim() for t in tensors_in([*args, *kwargs.values()]))
         if op.is_view:
             return func(*args, **kwargs)
         with self.recording():
@@ -205,6 +209,9 @@ class Recorder(TorchDispatchMode):
             if value.requires_grad:
                 self._make_constant()
             return value.detach()
+
+    def _on_size(self) -> None:
+        self.is_entrywise = False
 
     def _make_constant(self) -> None:
         self.has_constants = True

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 _MEMORY = {"data_ptr", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage"}
 _NUMBER = {"item", "tolist", "__float__"}
+_SIZE = {"size", "numel", "nelement", "__len__", "stride"}
 _OF_NUMBERS = {"full", "full_like", "new_full"}  # which take a tensor for their number
 
 
@@ -114,18 +115,24 @@ class NumbersKept(TorchFunctionMode):
     Args:
         number_of: what ``.item()`` gives.
         constant_of: a tensor for what makes constants, ``float`` and ``.tolist()``.
+        on_size: is called where the step asks for the size of a tensor.
     """
 
     def __init__(
-        self, number_of: Callable[[Tensor], Any], constant_of: Callable[[Tensor], Tensor]
+        self,
+        number_of: Callable[[Tensor], Any],
+        constant_of: Callable[[Tensor], Tensor],
+        on_size: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._number_of, self._constant_of = number_of, constant_of
+        self._number_of, self._constant_of, self._on_size = number_of, constant_of, on_size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _MEMORY:
             raise Refused(f"its step reads memory itself, by Tensor.{name}")
+        if name in _SIZE or (name == "__get__" and func.__self__ is Tensor.shape):
+            self._on_size()
         if name == "item":
             return self._number_of(args[0])
         if name in _NUMBER:

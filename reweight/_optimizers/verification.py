@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reweight._optimizers.operations import LOW
+from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import (
     How,
     RecordedStep,
@@ -47,7 +48,8 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
     """
     few, gradients = _few(optimizer, gradients)
     own = _own_step(few, gradients, _copied, None)
-    how, ahead = _first_that_runs(few, gradients)
+    leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
+    how, ahead = _first_that_runs(few, leaves)
     moved = False
     for p in (p for group in few.param_groups for p in group["params"]):
         if id(p) not in ahead.parameters:
@@ -68,11 +70,47 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
     except Exception:  # code of its own bears no precision but that of the parameters
         slopes = _slopes(few, gradients, None, how.keeps_numbers)
     _require_derivative(optimizer, slopes, moved)
-    return how, moved
+    return how._replace(by_entries=_goes_by_entries(few, leaves, how, ahead)), moved
 
 
-def _first_that_runs(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, RecordedStep]:
-    leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
+def _goes_by_entries(
+    optimizer: optim.Optimizer, leaves: Gradients, how: How, ahead: RecordedStep
+) -> bool:
+    """Whether the step and its derivative are the same if many parameters go through it as one."""
+    if not ahead.recorder.is_entrywise:
+        return False
+    found = entry_by_entry(optimizer, leaves, how)
+    if found is None:
+        return False
+    moved = ahead.parameters
+    if not all(torch.equal(local(new.detach()), found.values[key]) for key, new in moved.items()):
+        return False
+    tracked = {key: new for key, new in moved.items() if new.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    c = [
+        shard_like(new, torch.rand(local(new).shape, generator=generator).to(new.device, new.dtype))
+        for new in tracked.values()
+    ]
+    inputs = {key: g for key, g in leaves.items() if g is not None}
+    derivatives = torch.autograd.grad(
+        list(tracked.values()),
+        list(inputs.values()),
+        c,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    ones = dict(zip(tracked, c, strict=True))
+    for key, derivative in zip(inputs, derivatives, strict=True):
+        own = local(derivative).nan_to_num(0, 0, 0)
+        slope = found.slopes[key].nan_to_num(0, 0, 0)
+        other = slope * local(ones[key]) if key in ones else slope
+        rounding = 64 * torch.finfo(own.dtype).eps
+        if not (own - other).norm() <= rounding * own.norm():
+            return False
+    return True
+
+
+def _first_that_runs(optimizer: optim.Optimizer, leaves: Gradients) -> tuple[How, RecordedStep]:
     ways = [How(), How(keeps_numbers=False), How(widened=False), How(False, False)]
     for how in ways:
         try:

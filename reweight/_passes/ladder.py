@@ -104,12 +104,14 @@ class Ladder:
         ways: how the operations without forward rule got their tangents in the last pass, by name.
         told: the same of all passes.
         needs_graph: whether parameters need a graph: the model takes gradients in its forward.
+        recalls: whether passes do what the first forward did, whose values are recalled.
         has_seen_uncompiled: whether it was asked if the model may run compiled.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, Rung] = {}
         self.needs_graph = self.has_seen_uncompiled = False
+        self.recalls = True
         self.has_looked_for_cuts = False  # from the graph: finite differences do, once
         self._rules: set[str] = set()  # forward rules of custom Functions
         self._rungs: dict[Any, Rung] = dict.fromkeys(_NOT_BY_FORWARD_MODE, Rung.BACKWARD)
@@ -195,6 +197,11 @@ class Ladder:
             if self.needs_graph:
                 raise
             self._restart_with_graph()
+
+    def give_up_recall(self) -> NoReturn:
+        """For good: a pass has done something else than the first forward."""
+        self.recalls = False
+        raise _Restart
 
     def _restart_with_graph(self) -> NoReturn:
         self.needs_graph = True

@@ -1,213 +1,279 @@
-"""The values of a forward, for the pass that needs them again: they are not computed twice."""
+"""The values of a forward, for the pass that needs them again: they are not computed twice.
 
-import weakref
-from collections import defaultdict, deque
+Both passes call the same functions. A call whose tensors are those of an earlier call, the very
+same memory or what is known to hold the same, gives what that call gave: nothing is compared, on no
+device, and nothing waits for one.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS: set[Callable[..., Tensor]] = {
-    F.linear,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-}
-"""(input, weight, bias, ...) → input · weight + bias, linear in each."""
+from reweight._passes.eager import attention_layer
+from reweight._passes.fast_rules import RECALLED
+from reweight._passes.memory import Tokens, Trace, is_large, is_plain, memory_of, tensors_in
+from reweight._structure import structure_of
+from reweight.batches import Batch, tensors_of
 
-_UNSEEN = {
+Key: TypeAlias = tuple[Any, ...]
+
+UNSEEN = {
     Tensor.data.__get__,  # type: ignore[attr-defined]
     Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.__cuda_array_interface__.__get__,
     Tensor.numpy,
     Tensor.__array__,
     Tensor.__dlpack__,
     Tensor.data_ptr,
     Tensor.storage,
     Tensor.untyped_storage,
+    Tensor.set_,
+    Tensor.apply_,
+    Tensor.map_,
+    *(
+        getattr(place, name)
+        for place in (torch, Tensor)
+        for name in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+    ),
 }
 """Ways to memory by which it may be changed without a trace: the version of the tensor stays."""
 
-_LARGE = 1 << 14  # elements; below, Python costs more than the arithmetic it saves
+ASKS = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.is_contiguous,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_nested", "requires_grad", "is_cuda")
+    ),
+}
+"""What gives no tensor."""
+
+_FACTORIES = {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace}
+"""Made of numbers alone, and always the same."""
+
+_CONSTANTS = {
+    *(bool, int, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+
+_UNDEFINED = {
+    torch.empty_like,
+    Tensor.new_empty,
+    Tensor.new_empty_strided,
+    Tensor.resize_,
+    Tensor.resize_as_,
+}
+"""Hold anything, until someone fills them who may not be seen."""
 
 
 class PrimalCache(TorchFunctionMode):
-    """What the products of a forward came to: as a context it takes note, then it is asked.
+    """What the functions of a forward came to: as a context it takes note, then it is asked.
 
-    A result is given back only for the very same bytes of input, weight and bias, so it is bitwise
-    what the product would be, whatever the model does meanwhile. Nothing is kept alive for that:
-    tensors that the graph of the losses does not hold, or that were changed in place since, or may
-    have been by way of ``.data``, NumPy or an address, are forgotten. Only what the loss function
-    does by such a way, or someone between two calls, is not seen. What is given back is a copy, so
-    that the graph stays as it is.
+    A result is given back, as it is, only for the very same arguments. Nothing is kept alive for
+    that: what the graph of the losses does not hold is forgotten, and so is memory that was changed
+    since, or may have been by way of ``.data``, NumPy or an address. Not seen is only what the loss
+    function does by such a way, or compiled code, or one that holds such an address from before:
+    the check of both ways, at every update, is there for that.
+
+    Args:
+        model: its buffers are known again by their names, in copies; None if they need not be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
-        self._calls: dict[Any, deque[_Call]] = defaultdict(deque)
+        self._model, self._depth = model, 0
+        self._tokens, self._calls = Tokens(), defaultdict[Key, list[Call]](list)
+        self._names: dict[str, int] = {}
+        self._is_worth_it = False
+
+    def __enter__(self) -> "PrimalCache":
+        if not self._depth and self._model is not None:
+            buffers = structure_of(self._model).buffers
+            self._names = {name: self._tokens.new(b) for name, b in buffers.items()}
+        self._depth += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._depth -= 1
 
     def __torch_function__(
         self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the function; takes note of it if it is a product."""
-        if func in _UNSEEN:
-            self._forget(args[0])
-        result = func(*args, **(kwargs or {}))
-        if is_large_product(func, args) and result.requires_grad:
-            product = Product.of(func, *args, **(kwargs or {}))
-            # Linear layers take strided input one way with a graph, and another way without.
-            strided = func is F.linear and not product.tensors[0].is_contiguous()
-            if all(map(is_plain, product.tensors)) and not strided:
-                tensors = [None if t is None else _Trace(t) for t in product.tensors]
-                call = _Call(tensors, product.settings, _Trace(result))
-                self._calls[func, product.tensors[1].data_ptr()].append(call)
+        """Runs the function, and takes note of what it came to."""
+        kwargs = kwargs or {}
+        if func in ASKS:
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_layer(*args, **kwargs)
+        if func in UNSEEN:
+            tensors = tensors_in(args, kwargs)
+            self._tokens.forget(*tensors)
+            result = func(*args, **kwargs)
+            self._tokens.forget(*tensors)  # which may lie elsewhere now
+            return result
+        key = key_of(func, args, kwargs, self._tokens.of_argument)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            trace = None
+            if func in RECALLED and is_plain(result) and not _is_among(result, args, kwargs):
+                trace = Trace(result)
+                self._is_worth_it |= is_large(result) or any(map(is_large, args[:1]))
+            call = Call([self._tokens.new(result)], trace)
+        else:
+            call = Call(list(map(self._tokens.new, tensors_in(result))), None)
+        if key is not None and call.tokens:
+            self._calls[key].append(call)
         return result
 
-    def recall(self, product: "Product") -> Tensor | None:
-        """The value of the product if it was computed before and is still there, or None."""
-        calls = self._calls.get((product.func, product.tensors[1].data_ptr()))
-        if not calls:
-            return None
-        call = calls.popleft()
-        if call.settings != product.settings:
-            return None
-        same = all(map(_same_bytes, call.tensors, product.tensors))
-        value = call.result() if same else None
-        return None if value is None else value.clone()
-
-    def _forget(self, tensor: Tensor) -> None:
-        """Forget the results in the memory of this tensor."""
-        if not is_plain(tensor):
-            return
-        for call in chain.from_iterable(self._calls.values()):
-            if call.result.shares_memory_with(tensor):
-                call.result.forget()
+    def take(self, batch: Batch, copies: Batch) -> Batch:
+        """Take the copies for the batch as it is now, whatever becomes of it, and return them."""
+        for tensor, copy in zip(tensors_of(batch), tensors_of(copies), strict=True):
+            self._tokens.give(copy, self._tokens.of_argument(tensor))
+        return copies
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
-        """Look for weights and biases in these copies from now on, by the id of what was copied."""
-        calls = [(func, call) for (func, _), queue in self._calls.items() for call in queue]
-        self._calls.clear()
-        for func, call in calls:
-            for trace in filter(None, call.tensors[1:]):
-                trace.follow(copies)
-            weight = None if call.tensors[1] is None else call.tensors[1]()
-            if weight is not None:
-                self._calls[func, weight.data_ptr()].append(call)
+        """Take these copies for what they were copied of, by its id, from now on."""
+        self._tokens.settle(copies)
+
+    def again(self) -> "Recall | None":
+        """For a pass that does the same again; None if there is nothing that is worth it."""
+        if not self._is_worth_it:
+            return None
+        self._tokens.settle()
+        if self._model is not None:
+            buffers = structure_of(self._model).buffers
+            for name in self._names.keys() & buffers.keys():
+                self._tokens.give(buffers[name], self._names[name])
+        return Recall(self._tokens, self._calls)
 
 
-class Product(NamedTuple):
-    """A product to compute: its input, weight and bias, and all that it depends on besides."""
-
-    func: Callable[..., Tensor]
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    settings: tuple[Any, ...]
-
-    @classmethod
-    def of(
-        cls,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *rest: Any,
-        **named: Any,
-    ) -> "Product":
-        """A call of one of ``PRODUCTS``."""
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return cls(func, (input, weight, bias), (rest, named, autocast))
-
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same product of other tensors."""
-        rest, named, _ = self.settings
-        return self.func(input, weight, bias, *rest, **named)
+def key_of(
+    func: Any, args: Any, kwargs: dict[str, Any], token_of: Callable[[Tensor], int | None]
+) -> Key | None:
+    """What tells a call from others; None if that cannot be told."""
+    if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
+        # Whose running statistics have no say in what it comes to.
+        args, kwargs = (args[0], *args[3:]), {**kwargs, "running_mean": 0, "running_var": 0}
+    parts, tensors = [func], list[Tensor]()
+    known = False not in [_write(each, parts, tensors, token_of) for each in args]
+    for name, value in kwargs.items():
+        parts.append(name)
+        known = _write(value, parts, tensors, token_of) and known
+    if not known or func in _UNDEFINED or not (tensors or func in _FACTORIES):
+        return None
+    device = tensors[0].device.type if tensors else "cpu"
+    if torch.is_autocast_enabled(device):
+        parts.append(torch.get_autocast_dtype(device))
+    return tuple(parts)
 
 
-def is_large_product(func: Any, args: Any) -> bool:
-    """Whether it is a product that is worth a look, with the input as its first argument."""
-    return func in PRODUCTS and len(args) > 1 and args[0].numel() >= _LARGE
+def _write(
+    value: Any, parts: list[Any], tensors: list[Tensor], token_of: Callable[[Tensor], int | None]
+) -> bool:
+    """Add an argument to the parts of a key, if it is known; what follows a type is of it."""
+    kind = type(value)
+    if kind in _CONSTANTS:
+        parts += kind, value
+    elif isinstance(value, Tensor):
+        tensors.append(value)
+        token = token_of(value)
+        parts += Tensor, token
+        return token is not None
+    elif kind is float:
+        parts += float, value or str(value)  # 0 is not −0
+    elif kind in (tuple, list, torch.Size):
+        parts += kind, len(value)
+        return False not in [_write(each, parts, tensors, token_of) for each in value]
+    elif kind is dict:
+        parts += dict, tuple(value)
+        return False not in [_write(each, parts, tensors, token_of) for each in value.values()]
+    elif kind is slice:
+        return _write((slice, value.start, value.stop, value.step), parts, tensors, token_of)
+    else:
+        return False
+    return True
 
 
-class _Call(NamedTuple):
-    tensors: "list[_Trace | None]"
-    settings: tuple[Any, ...]
-    result: "_Trace"
+def _is_among(tensor: Tensor, args: Any, kwargs: dict[str, Any]) -> bool:
+    return any(tensor is each for each in tensors_in(args, kwargs))
 
 
-class _Trace:
-    """Finds a tensor again, as long as something else keeps it alive and as it was.
+class Departure(Exception):
+    """The pass does something else than the forward did; it is to be run without recall."""
 
-    A view is found through its base, which a graph that holds any view of it keeps alive.
+
+class Call(NamedTuple):
+    """One of the forward's.
+
+    Attributes:
+        tokens: what its results are known by.
+        result: where the one result is found; None if it is not wanted, or one of the arguments.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        base = tensor if tensor._base is None else tensor._base
-        self._base, self._version, self._dtype = weakref.ref(base), base._version, tensor.dtype
-        self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
+    tokens: list[int]
+    result: Trace | None
 
-    def __call__(self) -> Tensor | None:
-        base = self._base()
-        if base is None or base._version != self._version or base.dtype != self._dtype:
+
+class Recall:
+    """One pass that does again what the forward did: each of its calls finds that of the forward.
+
+    Of equal calls the first is the first, for they may have drawn random numbers.
+    """
+
+    def __init__(self, tokens: Tokens, calls: Mapping[Key, list[Call]]) -> None:
+        self._tokens, self._calls = tokens, calls
+        self._next: Counter[Key] = Counter()
+        self._lent: list[Tensor] = []  # memory of the forward that was given back
+
+    def find(self, func: Any, args: Any, kwargs: Any) -> Call | None:
+        """The call of the forward that was this one.
+
+        Raises:
+            Departure: it would change what the graph of the losses holds.
+        """
+        if _may_write(func, kwargs):
+            tensors = tensors_in(args, kwargs)
+            if not set(map(memory_of, self._lent)).isdisjoint(map(memory_of, tensors)):
+                raise Departure
+            if func in UNSEEN:
+                self._tokens.forget(*tensors)
+                return None
+        key = key_of(func, args, kwargs, self._tokens.of)
+        calls = None if key is None else self._calls.get(key)
+        if key is None or calls is None or self._next[key] >= len(calls):
             return None
-        if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of
+        self._next[key] += 1
+        return calls[self._next[key] - 1]
+
+    def value(self, call: Call | None) -> Tensor | None:
+        """What the call came to; None if it has gone, or was changed since."""
+        value = None if call is None or call.result is None else call.result()
+        if value is None or self._tokens.is_lost(value):
             return None
-        return base.detach().as_strided(*self._place)
+        self._lent.append(value)
+        return value
 
-    def shares_memory_with(self, tensor: Tensor) -> bool:
-        """Whether it is, or was, in the same memory."""
-        base = self._base()
-        return base is not None and _memory(base) == _memory(tensor)
-
-    def forget(self) -> None:
-        """Find it no more."""
-        self._version = -1
-
-    def follow(self, copies: Mapping[int, Tensor]) -> None:
-        """Find the same place of a copy, if it was copied as it is."""
-        base = self._base()
-        copy = None if base is None else copies.get(id(base))
-        if copy is not None and base is not None and copy.stride() == base.stride():
-            self._base, self._version = weakref.ref(copy), copy._version
+    def note(self, call: Call, results: list[Tensor]) -> None:
+        """What came of it this time is known as what came of it then."""
+        for result, token in zip(results, call.tokens, strict=False):
+            self._tokens.give(result, token)
 
 
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether it is an ordinary tensor on the CPU, or none at all."""
-    kinds = (Tensor, torch.nn.Parameter)
-    return tensor is None or (
-        type(tensor) in kinds
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and not (tensor.is_inference() or tensor.is_neg() or tensor.is_conj())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _same_bytes(trace: _Trace | None, other: Tensor | None) -> bool:
-    if trace is None or other is None:
-        return trace is None and other is None
-    one = trace()
-    if one is None:
-        return False
-    if one.dtype != other.dtype or one.size() != other.size() or one.stride() != other.stride():
-        return False
-    return one.data_ptr() == other.data_ptr() or torch.equal(_words(one), _words(other))
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as integers, so that NaN is NaN and 0 is not −0; large for speed."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    size = tensor.element_size()
-    if dense and tensor.numel() * size % 8 == 0 == tensor.storage_offset() * size % 8:
-        flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-        return flat.view(torch.int64)
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _may_write(func: Any, kwargs: Any) -> bool:
+    """Whether a function may change what it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    assigns = name.startswith(("__i", "__set")) and name not in ("__int__", "__index__")
+    return in_place or assigns or func in UNSEEN or "out" in kwargs or bool(kwargs.get("inplace"))

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from reweight._passes.memory import is_plain
 from reweight._passes.operations import dual, unpack
-from reweight._passes.primal_cache import is_plain
 
 
-def _embedding(
+def embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -23,18 +23,17 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    value: Tensor | None = None,
 ) -> Tensor | None:
     """As its backward does it: nothing of the padding's row, and less of rows that are frequent."""
-    if (
-        max_norm is not None
-        or weight.requires_grad
-        or (padding_idx is None and not scale_grad_by_freq)
-    ):
+    if max_norm is not None or weight.requires_grad:
         return None
     (weight, dweight), tokens = unpack(weight), input
     if dweight is None:
         return None
-    value, tangent = F.embedding(tokens, weight), F.embedding(tokens, dweight)
+    value = F.embedding(tokens, weight) if value is None else value
+    tangent = F.embedding(tokens, dweight)
     if padding_idx is not None:
         tangent = tangent.masked_fill((tokens == padding_idx % len(weight)).unsqueeze(-1), 0)
     if scale_grad_by_freq:
@@ -116,7 +115,9 @@ def _lstm(input: Tensor, state: Any, weights: Any, *rest: Any) -> tuple[Tensor, 
         return None
     _, _, dropout, train, *_ = rest
     tensors = (input, *state, *weights)
-    elsewhere = input.dtype == torch.float64 or any(not is_plain(t) for t in tensors)
+    elsewhere = input.dtype == torch.float64 or any(
+        not is_plain(t) or t.device.type != "cpu" for t in tensors
+    )
     if elsewhere or (dropout and train) or any(t.requires_grad for t in tensors):
         return None
     if not torch._C._get_mkldnn_enabled():
@@ -136,7 +137,7 @@ def _lstm(input: Tensor, state: Any, weights: Any, *rest: Any) -> tuple[Tensor, 
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.embedding: _embedding,
+    F.embedding: embedding,
     F.embedding_bag: _embedding_bag,
     torch._weight_norm: _weight_norm,
     torch.lstm: _lstm,

@@ -1,5 +1,6 @@
 """For transformers: exits from hidden states, and a callback for its Trainer."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from reweight._checks import kind
 from reweight._passes.forward import held_by_a_part
@@ -24,6 +25,8 @@ from reweight.reweighter import SampleReweighter
 from reweight.step import MetaReweightStep
 
 __all__ = ["HiddenStateExits", "MetaReweight"]
+
+NAME = "reweight.pt"  # of its file in a checkpoint
 
 
 class MetaReweight(TrainerCallback):
@@ -106,7 +109,7 @@ class MetaReweight(TrainerCallback):
         self._shifts_counts = getattr(model, "loss_type", None) == "ForCausalLM"
         self._state, self.step, self.num_meta = None, None, 0
         if state.global_step:
-            path = self._path(args, state)
+            path = resumed_from(self._path(args, state).parent) / NAME
             if not path.exists():
                 raise ValueError(f"`resume_from_checkpoint` must hold the state {path}, got none.")
             self._state = torch.load(path, weights_only=True)
@@ -257,4 +260,19 @@ class MetaReweight(TrainerCallback):
 
     @staticmethod
     def _path(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "reweight.pt"
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / NAME
+
+
+def resumed_from(folder: Path) -> Path:
+    """The checkpoint that ``Trainer.train`` was told to go on from, or else this one.
+
+    It may lie outside of ``output_dir``. The Trainer tells no callback, so the argument is read
+    from its call.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train" and isinstance(frame.f_locals.get("self"), Trainer):
+            told = frame.f_locals.get("resume_from_checkpoint")
+            return Path(told) if isinstance(told, str | os.PathLike) else folder
+        frame = frame.f_back
+    return folder

@@ -1,22 +1,27 @@
 import pytest
 from torch import Tensor
 
-from reweight._passes import primal_cache
-from reweight._passes.primal_cache import PrimalCache
+from reweight._passes import memory
+from reweight._passes.primal_cache import Recall
 
 
 @pytest.fixture
-def recalled(monkeypatch) -> list[Tensor]:
-    """Everything is worth recalling; what was."""
+def all_is_large(monkeypatch) -> None:
+    """What is recalled of large tensors is recalled of small ones as well."""
+    monkeypatch.setattr(memory, "_LARGE", 0)
+
+
+@pytest.fixture
+def recalled(all_is_large, monkeypatch) -> list[Tensor]:
+    """The values that were recalled."""
     found: list[Tensor] = []
-    ask = PrimalCache.recall
+    ask = Recall.value
 
-    def recall(self, product) -> Tensor | None:
-        value = ask(self, product)
-        if value is not None:
-            found.append(value)
-        return value
+    def value(self, call) -> Tensor | None:
+        result = ask(self, call)
+        if result is not None:
+            found.append(result)
+        return result
 
-    monkeypatch.setattr(primal_cache, "_LARGE", 0)
-    monkeypatch.setattr(PrimalCache, "recall", recall)
+    monkeypatch.setattr(Recall, "value", value)
     return found

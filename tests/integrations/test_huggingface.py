@@ -423,6 +423,11 @@ def test_resumes(tmp_path: Path) -> None:
     assert_same(resumed, whole)
     assert_same(again.reweighter, used.reweighter)
     assert again.num_meta == used.num_meta == NUM_STEPS
+    # Into another folder, which has a checkpoint of the same name from another run.
+    fit(tmp_path / "b", meta=DataLoader(Tokens(4), BATCH), save_strategy="steps", save_steps=2)
+    elsewhere, again, _ = fit(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same(elsewhere, whole)
+    assert_same(again.reweighter, used.reweighter)
     (tmp_path / "a" / "checkpoint-2" / "reweight.pt").unlink()
     with pytest.raises(ValueError, match="must hold the state"):
         fit(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-2"))
@@ -552,21 +557,29 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 
 def train_on_a_rank(path: Path) -> None:
-    """Half of each batch, two of them accumulated, on copies of the model and on shards of it."""
-    for kind in ("copies", "shards"):
-        sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [
-            "LlamaDecoderLayer"]}}  # fmt: skip
-        options = sharded if kind == "shards" else {}
+    """Half of each batch, two of them accumulated, on copies of the model and on shards of it.
+
+    Shards also go on from the checkpoint in the middle.
+    """
+    for kind in ("copies", "shards", "resumed"):
+        settings = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+        settings["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
+        sharded = {"fsdp": True, "fsdp_config": settings}
+        options = sharded if kind != "copies" else {}
+        if kind == "shards":
+            options = {**options, "save_strategy": "steps", "save_steps": 2}
         _, used, trainer = trainer_of(path, batch=1, ddp_backend="gloo", **LOGGED, **options)
         assert trainer.args.world_size == 2
-        if kind == "shards":  # Accelerate shards nothing on CPUs, and says nothing of it
+        if kind != "copies":  # Accelerate shards nothing on CPUs, and says nothing of it
             plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
             trainer.accelerator.state._shared_state.update(
                 distributed_type=DistributedType.FSDP, fsdp_plugin=plugin
             )
-        trainer.train()
+            trainer.is_fsdp_enabled = True
+        resume = str(path / "checkpoint-2") if kind == "resumed" else None
+        trainer.train(resume_from_checkpoint=resume)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        assert isinstance(next(model.parameters()), DTensor) == (kind == "shards")
+        assert isinstance(next(model.parameters()), DTensor) == (kind != "copies")
         state = {name: whole(p.detach()) for name, p in model.named_parameters()}
         if trainer.args.process_index == 0:
             torch.save([state, used.step.state_dict(), losses_of(trainer)], path / f"{kind}.pt")
@@ -576,7 +589,7 @@ def test_two_processes_are_one_on_their_joined_batches(tmp_path: Path) -> None:
     """To 1e-10 in float64: the sums are in another order. The Trainer logs in float32."""
     on_two_ranks("train_on_a_rank", tmp_path)
     model, used, trainer = fit(tmp_path / "one", batch=2, **LOGGED)
-    for kind in ("copies", "shards"):
+    for kind in ("copies", "shards", "resumed"):
         found, state, losses = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         for name, wanted in model.named_parameters():
             torch.testing.assert_close(found[name], wanted.data, rtol=0, atol=1e-10, msg=name)

@@ -1,0 +1,160 @@
+"""Tangents of norms and attention, by the fused kernels of their backwards.
+
+The tangent of BatchNorm is its backward: with y = γ·x̂ + β, x̂ = (x − mean) / std per channel,
+
+    ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
+
+is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass; LayerNorm's is,
+but for γ, symmetric for each sample, and so is the softmax of attention.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from reweight._passes.operations import dual, unpack
+
+aten = torch.ops.aten
+
+
+Rule: TypeAlias = Callable[..., Tensor | None]
+"""What the same call came to before, None if that has gone, and its arguments → a dual number."""
+
+
+def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
+    """Both in one, unless autocast has made them differ."""
+    fits = value.dtype == tangent.dtype and value.shape == tangent.shape
+    return dual(value, tangent) if fits else None
+
+
+def batch_norm(
+    known: Tensor | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not training:
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    # Not recalled: it has the running statistics to move, which the model may read.
+    value, mean, inverse = torch.native_batch_norm(
+        x, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    tangent = aten.native_batch_norm_backward(
+        dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
+    )[0]
+    if dweight is not None:
+        # γ̇·x̂ + β̇, by the kernel of the evaluation mode with the statistics of this batch.
+        tangent += torch.native_batch_norm(
+            x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
+        )[0]
+    return fitting(value, tangent)
+
+
+def layer_norm(
+    known: Tensor | None,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
+    # The kernels take two dtypes, as autocast gives them, forward but not backward.
+    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known)):
+        return None
+    (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
+    if dx is None or (dweight is None) != (dbias is None):
+        return None
+    shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
+    value, affine = known, None
+    if dweight is not None:  # which gives the statistics too
+        affine, mean, inverse = torch.native_layer_norm(x, shape, dweight, dbias, eps)
+    if value is None or affine is None:
+        value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+    tangent = aten.native_layer_norm_backward(
+        dx, x, shape, mean, inverse, None, None, [True, False, False]
+    )[0]
+    if affine is not None:
+        tangent = affine.add_(tangent) if weight is None else affine.addcmul_(tangent, weight)
+    elif weight is not None:
+        tangent *= weight
+    return fitting(value, tangent)
+
+
+def attention(
+    known: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """P·v with P = softmax(s·q·kᵀ + mask), whose tangent is its backward: it is symmetric too.
+
+    Its value stays that of the fused kernel, whose dropout draws in a way of its own: with dropout
+    all is left to plain operations.
+    """
+    (q, dq), (k, dk), (v, dv) = map(unpack, (query, key, value))
+    plain = not dropout_p and not torch.is_autocast_enabled(query.device.type)
+    if attn_mask is not None:
+        plain = plain and not attn_mask.requires_grad and unpack(attn_mask)[1] is None
+    if not plain or dq is None or dk is None or dv is None:
+        with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
+            return F.scaled_dot_product_attention(
+                *(query, key, value, attn_mask, dropout_p, is_causal),
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+    mixed = known
+    if mixed is None:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            mixed = F.scaled_dot_product_attention(
+                *(q, k, v, attn_mask), is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    if enable_gqa:  # several heads of queries share one of keys and values
+        k, dk, v, dv = (
+            each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, dk, v, dv)
+        )
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, dq, k, dk, v, dv = (
+        each.expand(*batch, *each.shape[-2:]).reshape(-1, *each.shape[-2:])
+        for each in (q, dq, k, dk, v, dv)
+    )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    zero = q.new_zeros(())
+    scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(later, -torch.inf)
+    shares = _shares(scores.view(*batch, *scores.shape[-2:]), attn_mask).view_as(scores)
+    slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
+    change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
+    tangent = (change @ v).baddbmm_(shares, dv)
+    return fitting(mixed, tangent.view(mixed.shape))
+
+
+def _shares(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of what the mask lets through; a query that may look nowhere takes of nothing."""
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores = scores.add_(mask)
+    nowhere = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill_(nowhere, 0)

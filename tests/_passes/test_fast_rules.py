@@ -1,0 +1,125 @@
+"""Rules give the tangents of PyTorch's own forward mode, for every choice of what moves."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
+from reweight._passes.ladder import Ladder
+from reweight._passes.primal_cache import PrimalCache
+
+load_forward_mode()
+pytestmark = pytest.mark.usefixtures("all_is_large")
+
+
+def attention(causal: bool):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
+MASK = torch.ones(2, 1, 4, 5, dtype=torch.bool).tril(1)
+MASK[1, 0, 2] = False  # which may look nowhere
+BIAS = torch.linspace(-2, 2, 15).view(3, 1, 5)
+IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 4, 6)
+RULES = {
+    "linear": (F.linear, [(2, 3, 4), (5, 4), (5,)]),
+    "linear, one output": (lambda x, w, b: F.linear(x, w) + b, [(2, 3, 4), (4,), (2, 3)]),
+    "conv1d": (torch.conv1d, [(2, 4, 6), (5, 4, 3), (5,)]),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), [IMAGE, (6, 2, 3, 3), (6,)]),
+    "conv_transpose2d": (F.conv_transpose2d, [IMAGE, (4, 2, 3, 3), (2,)]),
+    "batch_norm": (batch_norm, [IMAGE, (4,), (4,)]),
+    "layer_norm": (layer_norm, [(2, 3, 4, 6), (4, 6), (4, 6)]),
+    "attention": (attention(False), [HEADS, HEADS, HEADS]),
+    "causal attention": (attention(True), [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)]),
+    "masked attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK),
+        [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
+    "attention with a bias": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BIAS.to(q.dtype), scale=0.3),
+        [HEADS, (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
+    "grouped queries": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        [(2, 6, 4, 6), (2, 3, 5, 6), (2, 3, 5, 2)],
+    ),
+    "add": (lambda a, b, c: torch.add(a, b, alpha=2) - c, [HEADS, (4, 6), HEADS]),
+    "mul": (lambda a, b, c: a * b * c, [HEADS, (4, 6), (3, 1, 6)]),
+    "div": (lambda a, b, c: a / 3 + b / c, [HEADS, HEADS, HEADS]),
+    "matmul": (lambda a, b, c: a @ b @ c, [(2, 4, 6), (2, 6, 3), (2, 3, 5)]),
+    "entries": (
+        lambda a, b, c: (
+            F.gelu(a).relu() + b.tanh().sigmoid() + F.gelu(F.silu(c), approximate="tanh")
+        ),
+        [HEADS, HEADS, HEADS],
+    ),
+    "softmax": (lambda a, b, c: (a.softmax(-1) * b).softmax(1) + c, [HEADS, HEADS, HEADS]),
+    "linear in all": (
+        lambda a, b, c: (
+            torch.cat([a.transpose(1, 2).flatten(1), b.flatten(1)], 1).mean(1) + c.sum((1, 2, 3))
+        ),
+        [HEADS, HEADS, HEADS],
+    ),
+    "pooling": (
+        lambda a, b, c: F.adaptive_avg_pool2d(F.avg_pool2d(a, 2), 1) * b + c,
+        [IMAGE, (4, 1, 1), (3, 4, 1, 1)],
+    ),
+}
+
+
+class EveryResult(TorchDispatchMode):
+    """Keeps all alive."""
+
+    def __init__(self, kept: list) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kept.append(func(*args, **(kwargs or {})))
+        return self.kept[-1]
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # rounding, of sums of some dozen terms
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("moving", list(product([True, False], repeat=3))[:-1])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("known", [False, True])
+def test_rules_are_forward_mode(
+    name: str, moving: tuple[bool, ...], dtype: torch.dtype, known: bool
+) -> None:
+    func, shapes = RULES[name]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+
+    def run() -> tuple[Tensor, Tensor]:
+        duals = [
+            forward_ad.make_dual(t, d) if moves else t
+            for t, d, moves in zip(tensors, tangents, moving, strict=True)
+        ]
+        return forward_ad.unpack_dual(func(*duals))
+
+    with forward_ad.dual_level():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            theirs = run()
+        cache, kept = PrimalCache(), []
+        if known:
+            with cache, EveryResult(kept):
+                func(*tensors)
+        with tangents_follow_gradients(cache, Ladder()):
+            ours = run()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
