@@ -2,14 +2,17 @@
 
 import copy
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from cases import TRANSFORMER
+from ranks import process_group, run_ranks
 from reweight import (
     MetaReweightStep,
     SampleReweighter,
@@ -410,6 +413,58 @@ class TestRouters:
             ValueError, match=r"got SwitchTr.*Load it with output_router_logits=Fal"
         ):
             model(**both())
+
+
+class InHalves(HiddenStateExits):
+    """Runs the halves of a batch one by one, as two ranks do; its router loss is their mean."""
+
+    def forward(self, **inputs: Tensor) -> list[Tensor]:
+        exits, losses = [], []
+        for half in range(2):
+            rows = {name: value.chunk(2)[half] for name, value in inputs.items()}
+            exits.append(super().forward(**rows))
+            losses.append(self.auxiliary_of_forward())
+        if None not in losses:
+            self.auxiliary_of_forward.found = torch.stack(losses).mean()
+        return [torch.cat(halves) for halves in zip(*exits, strict=True)]
+
+
+def trained_experts(
+    kind: type[HiddenStateExits] = HiddenStateExits, rank: int | None = None, balanced: bool = True
+) -> Tensor:
+    """The parameters of the model and the reweighter after three steps, of a rank or of all."""
+    lm = TestRouters().language_model("Mixtral", output_router_logits=balanced)
+    model = inner = kind(lm.model, [1, 2], lm.lm_head, shift_labels=True)
+    reweighter = SampleReweighter(num_exits=2, num_hidden=4).double()
+    if rank is not None:
+        model = DistributedDataParallel(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    own = torch.optim.SGD(reweighter.parameters(), lr=1.0)
+    step = MetaReweightStep(model, optimizer, reweighter, reweighter_optimizer=own)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        train, meta = tokens(2, 4, 6).unbind()
+        if rank is not None:
+            train, meta = train.chunk(2)[rank], meta.chunk(2)[rank]
+        step(*(({"input_ids": rows}, rows) for rows in (train, meta)))
+    modules = (inner, reweighter)
+    return torch.cat([p.detach().flatten() for each in modules for p in each.parameters()])
+
+
+def train_experts_on_a_rank(rank: int, folder: str) -> None:
+    with process_group(rank, 2, f"file://{folder}/store"):
+        torch.save(trained_experts(rank=rank), Path(folder, f"{rank}.pt"))
+
+
+def test_router_losses_of_two_ranks_are_averaged(tmp_path: Path) -> None:
+    """As DistributedDataParallel does with losses; transformers takes them in float32."""
+    run_ranks(2, train_experts_on_a_rank, str(tmp_path), seconds=60)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, trained_experts(InHalves), rtol=0, atol=1e-7)
+    # A router loss is no mean over tokens, so that of the joined batch is another.
+    for other in (trained_experts(), trained_experts(InHalves, balanced=False)):
+        assert (first - other).abs().max() > 1e-4
 
 
 def _whitespace():
