@@ -48,7 +48,6 @@ CURVES = (
     DIRECT,
 )
 PLOTTED = {
-    "fashion-mnist-neighbours-exits": ("conventional", BY_CLASS),  # of one net all answers tie
     "long-tail": TAIL,
     "long-tail-noise-20": TAIL,
     "fashion-2k-symmetric": ("conventional", SIGMOID, FROZEN),
