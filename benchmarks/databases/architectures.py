@@ -81,10 +81,10 @@ class Architecture(NamedTuple):
 def entries() -> Mapping[str, Architecture]:
     """Every type once: as a language model if it is one, else as a classifier."""
     import transformers
+    import transformers.models.llama.modeling_llama  # loads what all share, before processes fork
     from transformers.models.auto import modeling_auto
 
     transformers.logging.set_verbosity_error()
-    transformers.LlamaForCausalLM  # noqa: B018 - loads what all share, before processes are forked
     found: dict[str, Architecture] = {}
     for task in TASKS:
         for model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES"):
@@ -142,6 +142,7 @@ def _is_number(value: object) -> bool:
 
 def _training(architecture: Architecture, dtype: torch.dtype) -> Training:
     import transformers
+    import transformers.models.llama.modeling_llama  # loads what all share, before processes fork
     from transformers.models.auto import modeling_auto
 
     names = getattr(modeling_auto, f"MODEL_FOR_{architecture.task}_MAPPING_NAMES")

@@ -38,10 +38,10 @@ TASKS = ("MULTITASK_PROMPT_TUNING", "POLY")
 def entries() -> Mapping[str, str]:
     """All of them, by name."""
     import transformers
+    import transformers.models.llama.modeling_llama  # loads what all share, before processes fork
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     transformers.logging.set_verbosity_error()
-    transformers.LlamaForCausalLM  # noqa: B018 - loads what all share, before processes are forked
     return {kind.value: kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 
 
@@ -70,6 +70,7 @@ def _config(method: str) -> Any:
 
 def _training(method: str, dtype: torch.dtype) -> Training:
     import transformers
+    import transformers.models.llama.modeling_llama  # loads what all share, before processes fork
     from peft import get_peft_model
 
     config = small_config(transformers.LlamaConfig)

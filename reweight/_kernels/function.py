@@ -184,10 +184,8 @@ def kernel_forward(
     """Losses, confidence, correctness, peak [K, N]; exponentials, of "torch" alone, if kept."""
     if implementation == "torch":
         return torch_kernels.forward(logits, target, ignore_index, label_smoothing, keep)
-    from reweight._kernels import triton_kernels
-
-    ignored = _NO_CLASS if ignore_index is None else ignore_index
-    return *triton_kernels.forward(logits, target, ignored, label_smoothing), []
+    kernels, ignored = _triton(ignore_index)
+    return *kernels.forward(logits, target, ignored, label_smoothing), []
 
 
 def kernel_backward(
@@ -206,13 +204,11 @@ def kernel_backward(
         return torch_kernels.backward(
             sources, target, ignore_index, label_smoothing, peak, confidence, upstream, in_place
         )
-    from reweight._kernels import triton_kernels
-
-    assert peak is not None
-    ignored = _NO_CLASS if ignore_index is None else ignore_index
-    return triton_kernels.backward(
+    kernels, ignored = _triton(ignore_index)
+    gradients: list[Tensor] = kernels.backward(
         sources, target, ignored, label_smoothing, peak, confidence, upstream
     )
+    return gradients
 
 
 def kernel_tangent(
@@ -230,10 +226,18 @@ def kernel_tangent(
         return torch_kernels.tangent(
             logits, target, ignore_index, label_smoothing, peak, confidence, moved
         )
+    kernels, ignored = _triton(ignore_index)
+    products: Tensor = kernels.tangent(
+        logits, target, ignored, label_smoothing, peak, confidence, moved
+    )
+    return products
+
+
+def _triton(ignore_index: int | None) -> tuple[Any, int]:
+    """Its kernels, which are not there everywhere, and the index that they ignore."""
     from reweight._kernels import triton_kernels
 
-    ignored = _NO_CLASS if ignore_index is None else ignore_index
-    return triton_kernels.tangent(logits, target, ignored, label_smoothing, peak, confidence, moved)
+    return triton_kernels, _NO_CLASS if ignore_index is None else ignore_index
 
 
 def is_plain(*tensors: Tensor) -> bool:

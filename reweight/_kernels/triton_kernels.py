@@ -161,6 +161,15 @@ def _exit(table, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, VECTOR: tl
     )
 
 
+@triton.jit
+def _rows(target, num_rows, ignore_index, ROWS: tl.constexpr):
+    """The rows of this program, which of them there are, their classes, and which count."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    y = tl.load(target + row, mask=inside, other=ignore_index)
+    return row, inside, y, y != ignore_index
+
+
 # Nothing is specialized on: one compilation serves every size, value and alignment of an argument.
 @triton.jit(do_not_specialize=list(range(9)))
 def _forward_kernel(
@@ -182,10 +191,7 @@ def _forward_kernel(
 ):
     index = tl.program_id(1)
     logits, _, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_rows
-    y = tl.load(target + row, mask=inside, other=ignore_index)
-    valid = y != ignore_index
+    row, inside, y, valid = _rows(target, num_rows, ignore_index, ROWS)
     first = logits + row * stride
     known = inside & (y >= 0) & (y < num_classes)
     z_y = tl.load(first + y, mask=known, other=float("nan")).to(tl.float32)
@@ -242,11 +248,8 @@ def _backward_kernel(
 ):
     index = tl.program_id(1).to(tl.int64)
     logits, gradient, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, inside, y, valid = _rows(target, num_rows, ignore_index, ROWS)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = row < num_rows
-    y = tl.load(target + row, mask=inside, other=ignore_index)
-    valid = y != ignore_index
     m = tl.load(peak + index * num_rows + row, mask=valid)[:, None]
     p_max = tl.load(confidence + index * num_rows + row, mask=valid)[:, None]
     at = upstream + index * upstream_exit_stride + row * upstream_row_stride
@@ -279,10 +282,7 @@ def _tangent_kernel(
 ):
     index = tl.program_id(1).to(tl.int64)
     logits, moved, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_rows
-    y = tl.load(target + row, mask=inside, other=ignore_index)
-    valid = y != ignore_index
+    row, inside, y, valid = _rows(target, num_rows, ignore_index, ROWS)
     known, at = valid & (y >= 0) & (y < num_classes), index * num_rows + row
     m, p_max = tl.load(peak + at, mask=valid), tl.load(confidence + at, mask=valid)
     first, first_moved = logits + row * stride, moved + row * num_classes

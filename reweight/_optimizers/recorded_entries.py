@@ -4,7 +4,7 @@ Then ∂θ̂/∂g is one slope for each entry, and nothing else is kept for the 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ class _Pack(NamedTuple):
     group: int
     members: list[Tensor]
 
-    def gathered(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is kept for each."""
-        tensors = [local(of(p)) for p in self.members]
+    def gathered(self, kept: Iterable[Tensor]) -> Tensor:
+        """What is kept for each of them, as one."""
+        tensors = list(map(local, kept))
         if len(tensors) == 1:
             return tensors[0]
         ones = [1] * (tensors[0].dim() - 1)  # for steps that ask for the dimension
@@ -49,32 +49,25 @@ def entry_by_entry(
         how: what the class bears.
     """
     packs = _packs(optimizer, gradients)
-    return None if packs is None else _step(optimizer, gradients, how, packs)
-
-
-def _step(
-    optimizer: optim.Optimizer,
-    gradients: Mapping[int, Tensor | None],
-    how: How,
-    packs: list[_Pack],
-) -> Slopes | None:
+    if packs is None:
+        return None
     some = object.__new__(type(optimizer))
     some.__dict__.update(vars(optimizer))
     some.state = defaultdict(dict)
     some.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
     for group in some.param_groups:
         group.pop("param_names", None)
+    given = {key: gradient.detach() for key, gradient in gradients.items() if gradient is not None}
     leaves: dict[int, Tensor] = {}
     for pack in packs:
         first = pack.members[0]
-        new = nn.Parameter(pack.gathered(Tensor.detach), first.requires_grad)
+        new = nn.Parameter(pack.gathered(p.detach() for p in pack.members), first.requires_grad)
         some.param_groups[pack.group]["params"].append(new)
         for name, value in optimizer.state.get(first, {}).items():
             if isinstance(value, Tensor) and value.shape == first.shape:
-                value = pack.gathered(lambda p, name=name: optimizer.state[p][name])  # type: ignore[misc]
+                value = pack.gathered(optimizer.state[p][name] for p in pack.members)
             some.state[new][name] = value
-        gradient = pack.gathered(lambda p: gradients[id(p)].detach())  # type: ignore[union-attr]
-        leaves[id(new)] = gradient.requires_grad_()
+        leaves[id(new)] = pack.gathered(given[id(p)] for p in pack.members).requires_grad_()
     try:
         parameters, recorder = recorded_step(some, leaves, how)
     except torch.OutOfMemoryError:

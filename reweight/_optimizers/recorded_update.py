@@ -73,12 +73,13 @@ def _by_slopes(
     """θ̂ of values and slopes; slopes that are not finite become 0, and are counted."""
     held = {key: g for key, g in gradients.items() if g is not None}
     slopes: dict[int, Tensor] = {}
-    for members in together(list(step.slopes.values()), [{}] * len(step.slopes)):
-        keys = [list(step.slopes)[i] for i in members]
-        parts = [step.slopes[key] for key in keys]
-        part = joined(parts)
-        num_cut += torch.count_nonzero(part - part).to(num_cut.device)  # NaN where not finite
-        slopes.update(zip(keys, parted(part.nan_to_num(0, 0, 0), parts), strict=True))
+    keys, each = list(step.slopes), list(step.slopes.values())
+    for members in together(each, [{}] * len(each)):
+        parts = [each[i] for i in members]
+        whole = joined(parts)
+        num_cut += torch.count_nonzero(whole - whole).to(num_cut.device)  # NaN where not finite
+        finite = parted(whole.nan_to_num(0, 0, 0), parts)
+        slopes.update((keys[i], part) for i, part in zip(members, finite, strict=True))
     found = moved(
         list(held.values()),
         [shard_like(g, step.values[key]) for key, g in held.items()],

@@ -87,7 +87,7 @@ def _goes_by_entries(
         return False
     tracked = {key: new for key, new in moved.items() if new.requires_grad}
     generator = torch.Generator().manual_seed(0)
-    c = [
+    cotangents = [
         shard_like(new, torch.rand(local(new).shape, generator=generator).to(new.device, new.dtype))
         for new in tracked.values()
     ]
@@ -95,15 +95,15 @@ def _goes_by_entries(
     derivatives = torch.autograd.grad(
         list(tracked.values()),
         list(inputs.values()),
-        c,
+        cotangents,
         allow_unused=True,
         materialize_grads=True,
     )
-    ones = dict(zip(tracked, c, strict=True))
+    along = dict(zip(tracked, cotangents, strict=True))
     for key, derivative in zip(inputs, derivatives, strict=True):
         own = local(derivative).nan_to_num(0, 0, 0)
         slope = found.slopes[key].nan_to_num(0, 0, 0)
-        other = slope * local(ones[key]) if key in ones else slope
+        other = slope * local(along[key]) if key in along else slope
         rounding = 64 * torch.finfo(own.dtype).eps
         if not (own - other).norm() <= rounding * own.norm():
             return False
