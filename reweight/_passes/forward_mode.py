@@ -25,7 +25,7 @@ from reweight._passes.eager import attention_layer
 from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PRODUCTS, VIEWS
 from reweight._passes.ladder import GRADIENTS, Ladder
 from reweight._passes.memory import is_large, is_plain, memory_of, tensors_in
-from reweight._passes.operations import have_tangents
+from reweight._passes.operations import dual, have_tangents, unpack
 from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache
 from reweight._passes.tangent_rules import RULES
 
@@ -103,15 +103,38 @@ class _ForwardMode(TangentsWithGradients):
         self, func: Any, classes: Any, args: Any, kwargs: Any, call: Call | None
     ) -> Any:
         """What reads no value of the arguments; None for what does."""
-        if func in OF_TANGENTS and torch.is_grad_enabled():
+        result = None
+        if not torch.is_grad_enabled():
+            pass
+        elif func is F.dropout:
+            result = self._dropout(*args, **kwargs)
+        elif func in OF_TANGENTS:
             result = self._by_rule(func, args, kwargs, call)
-            if result is not None:
-                return result
-        if func in VIEWS or (func is F.dropout and _is_off(*args, **kwargs)):
+        if result is not None:
+            return result
+        if func in VIEWS:
             result = super().__torch_function__(func, classes, args, kwargs)
             if {*map(memory_of, tensors_in([result]))} <= {*map(memory_of, tensors_in(args))}:
                 return result
         return None
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor | None:
+        """The same draw; the value is put off as that of the input is."""
+        if p == 0 or not training:
+            return input
+        x, dx = unpack(input)
+        if dx is None or inplace:
+            return None
+        factors = F.dropout(torch.ones_like(x), p)
+
+        def compute() -> Tensor:
+            self.deferred.fill([x])
+            return factors * x
+
+        tangent = dx * factors
+        return dual(self.deferred.put_off(tangent, [x, factors], compute), tangent)
 
     def apply(self, function: Any, apply: Callable[..., Any], args: Any) -> Any:
         """Apply a custom Function to dual numbers."""
@@ -155,10 +178,6 @@ def _is_constant(tensor: Tensor | None) -> bool:
     The model makes such a graph when it takes a gradient in its forward, of an energy for example.
     """
     return is_plain(tensor) and (tensor is None or not tensor.requires_grad)
-
-
-def _is_off(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-    return p == 0 or not training
 
 
 def _is_small_product(func: Any, args: Any) -> bool:

@@ -69,6 +69,9 @@ READERS = {
     "views": lambda y: y.unflatten(-1, (2, 3)).transpose(1, 2).flatten(1).sin(),
     "dropout that is off": lambda y: F.dropout(y, 0.0) + 1,
     "dropout": lambda y: F.dropout(y, 0.5) + 1,
+    "dropout and a comparison": lambda y: torch.where((z := F.dropout(y)) > 0, z, y),
+    "dropout in place": lambda y: F.dropout(y, inplace=True),
+    "kept after dropout": lambda y: (F.dropout(y) + 1).sin(),
     "comparison": lambda y: torch.where(y > 0, y, 0),
     "comparison of a view": lambda y: torch.where(y.view(-1).view_as(y) > 0, y, 0),
     "best class": in_no_grad,
@@ -128,7 +131,9 @@ def test_putting_off_changes_nothing(name: str, dtype: torch.dtype, put_off, mon
         assert_same(found, outcome(model, train, meta))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("views", 0), ("comparison", 1)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("views", 0), ("kept after dropout", 0), ("comparison", 1)]
+)
 def test_what_nothing_reads_is_not_computed(name: str, expected: int, monkeypatch) -> None:
     computed: list[torch.Size] = []
     fill = Deferred._fill
