@@ -127,7 +127,7 @@ class _ForwardMode(TangentsWithGradients):
         x, dx = unpack(input)
         if dx is None or inplace:
             return None
-        factors = F.dropout(torch.ones_like(x), p)
+        factors: Tensor = F.dropout(torch.ones_like(x), p)
 
         def compute() -> Tensor:
             self.deferred.fill([x])
