@@ -131,7 +131,7 @@ class _ForwardMode(TangentsWithGradients):
 
         def compute() -> Tensor:
             self.deferred.fill([x])
-            return factors * x
+            return factors.mul(x)
 
         tangent = dx * factors
         return dual(self.deferred.put_off(tangent, [x, factors], compute), tangent)
