@@ -2,6 +2,9 @@
 
 What the graph of the losses does not keep, no derivative needs. So where a product has gone since
 the forward, mostly nobody asks for it again: all that follows takes its tangent alone.
+
+Whoever reads a value is seen: functions by their mode, custom Functions and TorchScript before they
+run. Extensions in C++ that are neither are not; the check of both ways is there for that.
 """
 
 from collections.abc import Callable, Sequence
