@@ -166,7 +166,7 @@ def numbers(row: Row, name: str) -> np.ndarray:
     return np.array(row[name].split(), dtype=float)
 
 
-def plot_differences(path: Path, rows: Rows, title: str) -> None:
+def plot_differences(path: Path, rows: Rows) -> None:
     """Each arm's paired difference to conventional training, with its interval and its seeds.
 
     Intervals may leave the picture, which is as wide as the differences need: of two seeds they
@@ -193,12 +193,12 @@ def plot_differences(path: Path, rows: Rows, title: str) -> None:
     margin = 0.25 * np.ptp(everything)
     axes.set_xlim(min(everything) - margin, max(everything) + margin)
     axes.set_yticks(range(len(arms)), list(reversed(arms)), fontsize="small")
+    axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_xlabel("difference to conventional training (points)")
-    axes.set_title(title, fontsize="medium")
     finish(figure, path)
 
 
-def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
+def plot_curves(path: Path, rows: Rows, arms: Sequence[str]) -> None:
     """Budgeted curves: means over the seeds, and bands of the 95 % interval of the mean.
 
     Bands may leave the picture, which is as high as the seeds' own curves need.
@@ -237,17 +237,18 @@ def plot_curves(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None
     axes.set_ylim(everything.min() - margin, everything.max() + margin)
     axes.set_xlabel("mean cost of an answer (thousand multiply-adds)")
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
     finish(figure, path)
 
 
-def plot_weights(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
+def plot_weights(path: Path, rows: Rows, arms: Sequence[str]) -> None:
     """Mean weight of each tenth of the samples by loss, in the last epoch, one panel an exit."""
     num_exits = len(numbers(next(iter(rows[arms[0]].values())), "tenths loss")) // 10
-    figure = Figure(figsize=(2.3 * num_exits + 2.2, 3.1), layout="constrained")
-    panels = figure.subplots(1, num_exits, sharey=True, squeeze=False)[0]
-    for k, axes in enumerate(panels):
+    num_rows, num_columns = math.ceil(num_exits / 3), min(num_exits, 3)
+    size = max(4.4, 2.4 * num_columns), 2.5 * num_rows + 0.9
+    figure = Figure(figsize=size, layout="constrained")
+    axes = None
+    for k in range(num_exits):
+        axes = figure.add_subplot(num_rows, num_columns, k + 1, sharey=axes)
         axes.axhline(1, color="#525252", linewidth=1, linestyle="--")
         for arm in arms:
             for index, row in enumerate(rows[arm].values()):
@@ -266,14 +267,12 @@ def plot_weights(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> Non
                 )
         axes.set_xscale("log")
         axes.set_title(f"exit {k + 1}" if num_exits > 1 else "", fontsize="medium")
-    panels[0].set_ylabel("mean weight")
-    panels[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supylabel("mean weight", fontsize="medium")
     figure.supxlabel("mean loss of a tenth of the samples", fontsize="medium")
-    figure.suptitle(title, fontsize="medium")
     finish(figure, path)
 
 
-def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
+def plot_movement(path: Path, rows: Rows, arms: Sequence[str]) -> None:
     """How far weights stand from 1, epoch by epoch."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes: Axes = figure.add_subplot()
@@ -284,12 +283,10 @@ def plot_movement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean distance of weights from 1")
-    axes.set_title(title, fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
     finish(figure, path)
 
 
-def plot_agreement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> None:
+def plot_agreement(path: Path, rows: Rows, arms: Sequence[str]) -> None:
     """How often a right label, or else one of a rare class, outweighs another, epoch by epoch."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
@@ -303,8 +300,6 @@ def plot_agreement(path: Path, rows: Rows, title: str, arms: Sequence[str]) -> N
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("area under the ROC curve")
-    axes.set_title(f"{title}: weights against what they should be", fontsize="medium")
-    axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize="small")
     finish(figure, path)
 
 
@@ -314,7 +309,11 @@ def agrees(rows: dict[int, Row]) -> bool:
 
 
 def finish(figure: Figure, path: Path) -> None:
-    """Quiet axes, and the PNG."""
+    """Quiet axes, the legend above them, and the PNG."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        above = {"loc": "outside upper center", "ncols": 2}
+        figure.legend(handles, labels, frameon=False, fontsize="small", **above)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e5e5", linewidth=0.6)
@@ -383,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
             plots["agreement"] = partial(plot_agreement, arms=known)
         blocks = [table(rows, BASES.get(name, ("frozen random",)))]
         for kind, plot in plots.items():
-            plot(settings.docs / "results" / f"{name}-{kind}.png", rows, name)
+            plot(settings.docs / "results" / f"{name}-{kind}.png", rows)
             blocks.append(f"![{name}, {kind}](results/{name}-{kind}.png)")
         text = fill(text, name, "\n\n".join(blocks))
     if settings.headroom.exists():

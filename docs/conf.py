@@ -1,6 +1,7 @@
 """The site: ``sphinx-build -W -n docs build/docs``."""
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -55,6 +56,15 @@ def mathml(self: Any, node: nodes.Element) -> None:
 html_math_renderer = "mathml"
 
 
+def keep_figures_whole(app: Any, doctree: nodes.document, name: str) -> None:
+    """No line ends within "95 %" or "0.5 ± 0.1"."""
+    for text in list(doctree.findall(nodes.Text)):
+        if not isinstance(text.parent, nodes.FixedTextElement | nodes.literal):
+            whole = re.sub(r"(?<=\d) (?=[%±])|(?<=±) ", "\N{NO-BREAK SPACE}", text)
+            text.parent.replace(text, nodes.Text(whole))
+
+
 def setup(app: Any) -> None:
     """What Sphinx calls."""
+    app.connect("doctree-resolved", keep_figures_whole)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))

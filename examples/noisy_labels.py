@@ -78,7 +78,7 @@ def plot(losses: Tensor, weights: Tensor, wrong: Tensor, title: str, path: Path)
         some = losses[chosen, 0].clamp(min=1e-6)
         spread.hist(some, bins=edges, alpha=0.35, color=color, label=f"{name} labels")
     spread.set_ylabel("samples")
-    spread.legend(loc="upper right", bbox_to_anchor=(0.86, 0.8), frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 

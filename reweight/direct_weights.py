@@ -27,7 +27,7 @@ class DirectWeights(nn.Module):
     that ``train_fraction`` leaves out, a cold Adam): the weight is 1, and no part of the mean.
 
     Args:
-        num_exits: K. The meta loss of the step is by default ``MeanObjective()``.
+        num_exits: the number of exits, K. The default meta loss is then ``MeanObjective()``.
 
     Example:
         >>> weights = DirectWeights(num_exits=1)

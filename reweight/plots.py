@@ -1,5 +1,6 @@
 """Pictures of a run, as figures of matplotlib (extra ``plot``): ``figure.savefig(path)``."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -127,9 +128,12 @@ def plot_weights(
     )
     colors = (COLORS[2], COLORS[1], *COLORS[3:]) if groups else COLORS[1:]
     num_exits = losses.shape[1]
-    figure = Figure(figsize=(2.3 * num_exits + 0.6, 2.9), layout="constrained")
-    panels = figure.subplots(1, num_exits, sharex=True, sharey=True, squeeze=False)[0]
-    for k, axes in enumerate(panels):
+    num_rows, num_columns = math.ceil(num_exits / 3), min(num_exits, 3)
+    size = 2.4 * num_columns + 0.6, 2.3 * num_rows + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    axes = None
+    for k in range(num_exits):
+        axes = figure.add_subplot(num_rows, num_columns, k + 1, sharex=axes, sharey=axes)
         axes.axhline(1, color=COLORS[0], linewidth=1, linestyle="--")
         for color, (name, rows) in zip(cycle(colors), drawn.items(), strict=False):
             axes.scatter(
@@ -146,12 +150,22 @@ def plot_weights(
         axes.set_xticks([1e-5, 1e-3, 1e-1])
         axes.set_xlim(1e-6, 2 * max(losses.max().item(), 1) if len(losses) else 1)
         axes.set_title(f"exit {k + 1}", fontsize="medium")
-    panels[0].set_ylabel("weight")
+        if k >= num_exits - num_columns:  # nothing is below it
+            axes.set_xlabel("loss of the sample")
+    figure.supylabel("weight", fontsize="medium")
     if groups:
-        legend = panels[-1].legend(frameon=False, markerscale=3, fontsize="small")
+        handles = figure.axes[0].get_legend_handles_labels()
+        legend = figure.legend(
+            *handles,
+            loc="outside lower center",
+            ncols=len(groups),
+            frameon=False,
+            markerscale=3,
+            fontsize="small",
+        )
         for handle in legend.legend_handles:
-            handle.set_alpha(1)
-    figure.supxlabel("loss of the sample at this exit", fontsize="medium")
+            if handle is not None:
+                handle.set_alpha(1)
     figure.suptitle(title)
     return _plain(figure)
 

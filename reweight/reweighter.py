@@ -33,7 +33,7 @@ class SampleReweighter(nn.Module):
     probabilities (``num_classes=C``); its meta loss is by default the mean.
 
     Args:
-        num_exits: K.
+        num_exits: the number of exits, K.
         form: "tanh" (default for K > 1), "sigmoid" (default for K = 1), or "predicted".
         average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
             each exit over the "samples" of the batch (default otherwise), or over "both".
