@@ -57,10 +57,10 @@ html_math_renderer = "mathml"
 
 
 def keep_figures_whole(app: Any, doctree: nodes.document, name: str) -> None:
-    """No line ends within "95 %" or "0.5 ± 0.1"."""
+    """No line ends within "95 %" or "± 0.1"."""
     for text in list(doctree.findall(nodes.Text)):
         if not isinstance(text.parent, nodes.FixedTextElement | nodes.literal):
-            whole = re.sub(r"(?<=\d) (?=[%±])|(?<=±) ", "\N{NO-BREAK SPACE}", text)
+            whole = re.sub(r"(?<=\d) (?=%)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
             text.parent.replace(text, nodes.Text(whole))
 
 
