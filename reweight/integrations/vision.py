@@ -13,7 +13,7 @@ class FeatureExits(nn.Module):
         backbone: returns its feature maps from the first to the last, as a list, a tuple or a dict:
             ``timm.create_model(name, features_only=True)``, torchvision's
             ``create_feature_extractor``, or your own.
-        num_classes: C.
+        num_classes: the number of classes, C.
         channels: of each feature map. Default None: ``backbone.feature_info.channels()``, as timm
             gives them.
         channel_dim: where the channels are: 1 (default) for [B, D, H, W], −1 for [B, H, W, D]
