@@ -1,5 +1,6 @@
 """Steps that work entry by entry: small parameters go through them as one."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -35,12 +36,21 @@ def by_rule(
         )
         slopes: Sequence[Tensor | float] = [slope] * len(members)
         if isinstance(slope, Tensor) and slope.shape == new.shape:
-            num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
-            slopes = parted(slope.nan_to_num_(0, 0, 0), chosen)
+            num_zero += cut(slope)
+            slopes = parted(slope, chosen)
         for i, value, slope in zip(members, parted(new, chosen), slopes, strict=True):
             found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
     values, slopes = zip(*found, strict=True)
     return moved(gradients, values, slopes), num_zero
+
+
+def cut(slope: Tensor) -> Tensor:
+    """Let what is not finite be 0, in place; how many entries that is."""
+    if slope.device.type == "cpu" and math.isfinite(slope.sum()):  # as usual; no device to wait for
+        return slope.new_zeros((), dtype=torch.int64)
+    number = torch.count_nonzero(slope - slope)  # NaN where it is not finite
+    slope.nan_to_num_(0, 0, 0)
+    return number
 
 
 def moved(

@@ -72,18 +72,11 @@ def _by_slopes(
 ) -> dict[int, Tensor]:
     """θ̂ of values and slopes; slopes that are not finite become 0, and are counted."""
     held = {key: g for key, g in gradients.items() if g is not None}
-    slopes: dict[int, Tensor] = {}
-    keys, each = list(step.slopes), list(step.slopes.values())
-    for members in together(each, [{}] * len(each)):
-        parts = [each[i] for i in members]
-        whole = joined(parts)
-        num_cut += torch.count_nonzero(whole - whole).to(num_cut.device)  # NaN where not finite
-        finite = parted(whole.nan_to_num(0, 0, 0), parts)
-        slopes.update((keys[i], part) for i, part in zip(members, finite, strict=True))
+    num_cut += step.num_cut.to(num_cut.device)
     found = moved(
         list(held.values()),
         [shard_like(g, step.values[key]) for key, g in held.items()],
-        [shard_like(g, slopes[key]) for key, g in held.items()],
+        [shard_like(g, step.slopes[key]) for key, g in held.items()],
     )
     return dict(zip(held, found, strict=True))
 
