@@ -7,7 +7,7 @@
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,6 +20,7 @@ from triton.runtime import JITFunction, driver
 from reweight._kernels import triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION_BYTES = 16
 NUM_CLASSES = [10, 100, 1000, 32000, 50257, 128256]
 
 
@@ -89,21 +90,40 @@ def machine_code(architecture: int) -> list[MachineCode]:
                 for part in (storage[:-1], storage[1:]):
                     for label_smoothing in (0.0, 0.1):
                         launch(part.view(2, num_classes), label_smoothing)
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda pair: _read(*pair), kernels.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        return _read(list(kernels.values()), architecture, Path(folder))
 
 
-def _read(kernel, options: dict[str, Any]) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tools = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "--no-dataflow"]
-        usage, listing = (
-            subprocess.run(
-                [TOOLS / tool, option, file.name], check=True, capture_output=True, text=True
-            ).stdout
-            for tool, option in tools
-        )
+def _read(
+    kernels: list[tuple[Any, dict[str, Any]]], architecture: int, folder: Path
+) -> list[MachineCode]:
+    """All instructions go through the disassembler at once, which takes long to begin."""
+
+    def tool(name: str, *arguments: str) -> str:
+        command = [TOOLS / name, *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+        return done.stdout
+
+    usages, parts = [], []
+    for number, (kernel, _) in enumerate(kernels):
+        (folder / f"{number}.cubin").write_bytes(kernel.asm["cubin"])
+        usages.append(tool("cuobjdump", "--dump-resource-usage", f"{number}.cubin"))
+        tool("cuobjdump", "--extract-text", "all", f"{number}.cubin")
+        (instructions,) = folder.glob(f"{number}-*")
+        parts.append(instructions.read_bytes())
+    (folder / "instructions").write_bytes(b"".join(parts))
+    listing = tool("nvdisasm", "--no-dataflow", "--binary", f"SM{architecture}", "instructions")
+    lines = iter(re.findall(r"^ +/\*[0-9a-f]+\*/ +(.*)", listing, re.MULTILINE))
+    sizes = [len(part) // INSTRUCTION_BYTES for part in parts]
+    listings = ["\n".join(islice(lines, size)) for size in sizes]
+    assert not list(lines), "a line for each instruction"
+    return [
+        _machine_code(kernel, options, usage, own)
+        for (kernel, options), usage, own in zip(kernels, usages, listings, strict=True)
+    ]
+
+
+def _machine_code(kernel: Any, options: dict[str, Any], usage: str, listing: str) -> MachineCode:
     sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         name=kernel.name,
