@@ -249,11 +249,12 @@ SLOW = 5.0  # seconds of a step that is not timed
 def cost(kind: type[optim.Optimizer], build: Build, widths: Sequence[int]) -> str:
     """The median of some ratios, in turns."""
     training = trained(kind, build, torch.float32, 3, widths)
+    cotangents = [torch.ones_like(p) for p in training.model.parameters()]
     ratios = []
     for _ in range(7):
         start = time.process_time()
         moved, leaves = ahead(training)
-        torch.autograd.grad(moved, leaves, [torch.ones_like(m) for m in moved], allow_unused=True)
+        torch.autograd.grad(moved, leaves, cotangents, allow_unused=True)
         middle = time.process_time()
         own_next(training, training.gradients)
         own = time.process_time() - middle
@@ -415,10 +416,13 @@ def main() -> None:
     torch.compiler.set_stance("force_eager")  # compiled, a step rounds and draws otherwise
     if asked.cost:
         table = []
-        for kind in (kind for package in asked.packages for kind in classes(package)):
+        for package, kind in ((one, kind) for one in asked.packages for kind in classes(one)):
+            timed = len(table)
             for row in costs(kind):
                 print(*row, sep=" | ", flush=True)
                 table.append(row)
+            if timed == len(table):
+                print(kind.__name__, examined(package, kind).outcome, sep=" | ", flush=True)
         write(COSTS, Cost._fields, table)
         return
     rows: list[Row] = []

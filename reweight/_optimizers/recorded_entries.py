@@ -6,7 +6,7 @@ one as much as a cache holds, for most of a step is moving memory.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -52,65 +52,68 @@ def entry_by_entry(
     some.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
     for group in some.param_groups:
         group.pop("param_names", None)
-    members = [p for kind in alike.values() for p in kind]
-    num_cut = torch.zeros((), dtype=torch.int64, device=members[0].device)
-    found = Slopes({}, {}, num_cut)
-    inputs: list[tuple[Tensor, ...]] = []
+    kinds: list[tuple[list[list[Tensor]], list[Tensor]]] = []
     leaves: dict[int, Tensor] = {}
     for (number, *_), members in alike.items():
-        columns = _columns(optimizer, gradients, members)
-        gradient, p, *moments = (_few(kept[0]) for kept in columns.values())
+        state = optimizer.state.get(members[0], {})
+        names = [
+            n for n, v in state.items() if isinstance(v, Tensor) and v.shape == members[0].shape
+        ]
+        given = [g for p in members if (g := gradients[id(p)]) is not None]
+        columns = [given, members, *([optimizer.state[p][n] for p in members] for n in names)]
+        gradient, p, *moments = (_two_entries(kept[0]) for kept in columns)
         new = nn.Parameter(p, members[0].requires_grad)
         some.param_groups[number]["params"].append(new)
-        state = optimizer.state.get(members[0], {})
-        some.state[new].update({**state, **dict(zip(list(columns)[2:], moments, strict=True))})
+        some.state[new].update({**state, **dict(zip(names, moments, strict=True))})
         leaves[id(new)] = gradient.requires_grad_()
-        inputs.append((gradient, new, *moments))
+        kinds.append((columns, [gradient, new, *moments]))
     calls: list[Call] = []
     try:
         moved, recorder = recorded_step(some, leaves, how, calls)
+        programs = [
+            Program(calls, few, moved[key]) for key, (_, few) in zip(leaves, kinds, strict=True)
+        ]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it asks for what entries alone have not
         return None
     if not recorder.is_entrywise or recorder.is_widened or recorder.has_constants:
         return None
-    for key, few, members in zip(leaves, inputs, alike.values(), strict=True):
-        try:
-            program = Program(calls, few, moved[key])
-        except ValueError:
-            return None
-        for block in _blocks(_columns(optimizer, gradients, members), members, found):
-            num_cut += _run(program, *block).to(num_cut.device)
+    found = Slopes({}, {}, torch.zeros((), dtype=torch.int64, device=given[0].device))
+    for program, (columns, _) in zip(programs, kinds, strict=True):
+        for pack in _packs(columns[1]):
+            _run(program, [[kept[i] for i in pack] for kept in columns], found)
     return found
 
 
-def _few(tensor: Tensor) -> Tensor:
-    """Some entries of it, in memory of their own."""
+def _two_entries(tensor: Tensor) -> Tensor:
+    """In memory of their own."""
     mine = local(tensor.detach())
     if not mine.dim():
         return mine.clone()
     return mine.reshape(-1)[:2].clone().view(-1, *[1] * (mine.dim() - 1))
 
 
-def _columns(
-    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], members: list[Tensor]
-) -> dict[str, list[Tensor]]:
-    """What there is for each entry of some parameters: gradient and value, and of the state."""
-    state = [optimizer.state.get(p, {}) for p in members]
-    moments = [n for n, v in state[0].items() if isinstance(v, Tensor) and v.shape == members[0].shape]
-    given = [g for p in members if (g := gradients[id(p)]) is not None]
-    return {"": given, " ": members, **{name: [held[name] for held in state] for name in moments}}
-
-
-def _run(program: Program, *block: Tensor) -> Tensor:
-    """A block, whose results go to the last two tensors; how many slopes were cut."""
-    *inputs, value, slope = block
-    new, (scale, entries) = program(inputs)
-    value.copy_(new)
-    if entries is None:
-        return slope.fill_(scale).new_zeros((), dtype=torch.int64)
-    return cut(torch.mul(entries.expand_as(slope), scale, out=slope))
+def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -> None:
+    """Of parameters that go through as one, θ̂ and slopes to what is found."""
+    members = columns[1]
+    like = list(map(local, members))
+    inputs = [joined([local(tensor.detach()) for tensor in kept]) for kept in columns]
+    value, slope = torch.empty_like(inputs[1]), torch.empty_like(inputs[1])
+    blocks: list[Sequence[Tensor]] = [[tensor] for tensor in (*inputs, value, slope)]
+    if value.is_contiguous() and like[0].dim():
+        size, ones = _size_on(value.device), [1] * (like[0].dim() - 1)  # some ask for the dimension
+        blocks = [whole.reshape(-1, *ones).split(size) for (whole,) in blocks]
+    for *given, to_value, to_slope in zip(*blocks, strict=True):
+        new, moved = program(given)
+        to_value.copy_(new)
+        if moved.entries is not None:
+            torch.mul(moved.entries.expand_as(to_slope), moved.scale, out=to_slope)
+            found.num_cut.add_(cut(to_slope).to(found.num_cut.device))
+    if moved.entries is None:
+        slope = slope.new_full((), moved.scale).expand_as(slope)
+    for kept, whole in ((found.values, value), (found.slopes, slope)):
+        kept.update(zip(map(id, members), parted(whole, like), strict=True))
 
 
 def _alike(
@@ -145,32 +148,14 @@ def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
     size = _size_on(members[0].device)
     sizes = [p.numel() if p.is_contiguous() else size for p in map(local, members)]
     pack: list[int] = []
+    filled = 0
     for i in sorted(range(len(members)), key=lambda i: sizes[i]):
-        if pack and sum(sizes[j] for j in pack) + sizes[i] > size:
+        if pack and filled + sizes[i] > size:
             yield pack
-            pack = []
+            pack, filled = [], 0
         pack.append(i)
+        filled += sizes[i]
     yield pack
-
-
-def _blocks(
-    columns: Mapping[str, list[Tensor]], members: Sequence[Tensor], found: Slopes
-) -> Iterator[tuple[Tensor, ...]]:
-    """Entries in blocks; the last two tensors of each are for the results, in what is found."""
-    size = _size_on(members[0].device)
-    for pack in _packs(members):
-        like = [local(members[i]) for i in pack]
-        ones = [1] * (like[0].dim() - 1)  # for steps that ask for the dimension
-        wholes = [joined([local(kept[i].detach()) for i in pack]) for kept in columns.values()]
-        for kept in (found.values, found.slopes):
-            whole = torch.empty_like(wholes[1], dtype=wholes[0].dtype)
-            parts = parted(whole, like)
-            kept.update((id(members[i]), part) for i, part in zip(pack, parts, strict=True))
-            wholes.append(whole)
-        if len(pack) > 1 or (wholes[1].numel() > size and wholes[1].is_contiguous()):
-            yield from zip(*(t.reshape(-1, *ones).split(size) for t in wholes), strict=True)
-        else:
-            yield tuple(wholes)
 
 
 _PARTS = ("param_groups", "state", "params", "param_names", "step")

@@ -1,4 +1,8 @@
-"""How each optimizer of torch.optim turns a descent d into a step s, so that θ̂ = θ − α·s.
+"""How some optimizers of torch.optim turn a descent d into a step s, so that θ̂ = θ − α·s.
+
+They are the most used, and two whose own step has another derivative than it should: RAdam with
+foreach divides by 0 in its first steps, and that of Adamax is 1/ε where nothing has ever moved. All
+others are recorded.
 
 Every rule works entry by entry, so ∂s/∂d is one number for each entry: its slope, which is computed
 along with the step. Where there is no derivative (a root at 0, |d| at 0) it is not finite. A rule
@@ -43,39 +47,6 @@ def adam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     return step, bend.add_(first * (1 - beta1)).mul_(scale)
 
 
-def rmsprop(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """RMSprop: b = μb + d / (r + ε) with r² = αn + (1−α)d², centered less the mean of d squared."""
-    alpha, momentum = group["alpha"], group["momentum"]
-    second = _mean(moments.get("square_avg"), d * d, alpha)
-    distance = d
-    if group["centered"]:
-        mean = _mean(moments.get("grad_avg"), d, alpha)
-        second, distance = second - mean * mean, d - mean
-    root = second.sqrt()
-    scale = 1 / (root + group["eps"])
-    step = d * scale
-    slope = scale * (1 - step * (1 - alpha) * distance / root)
-    before = moments.get("momentum_buffer") if momentum > 0 else None
-    return (step if before is None else _sum(momentum, before, 1, step)), slope
-
-
-def adagrad(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """Adagrad: n = n + d², s = d / (√n + ε) / (1 + (t−1)·lr_decay)."""
-    root = moments["sum"].addcmul(d, d).sqrt_()
-    scale = 1 / (root + group["eps"])
-    slope = scale * (1 - d * d * scale / root)
-    late = 1 / (1 + (count - 1) * group["lr_decay"])
-    return late * d * scale, late * slope
-
-
-def adadelta(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """Adadelta: n = ρn + (1−ρ)d², s = d · √(a + ε) / √(n + ε), with a the mean of s²."""
-    rho, eps = group["rho"], group["eps"]
-    second = _mean(moments.get("square_avg"), d * d, rho) + eps
-    scale = (moments.get("acc_delta", torch.zeros_like(d)) + eps).div_(second).sqrt_()
-    return d * scale, scale * (1 - (1 - rho) * d * d / second)
-
-
 def radam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     """RAdam: Adam's moments, s = m̂ · r·√(1−β₂ᵗ) / (√n + ε) with rectification r, or m̂ at first."""
     (beta1, beta2), eps = group["betas"], group["eps"]
@@ -108,9 +79,6 @@ RULES: dict[type[optim.Optimizer], Rule] = {
     optim.SGD: sgd,
     optim.Adam: adam,
     optim.AdamW: adam,
-    optim.RMSprop: rmsprop,
-    optim.Adagrad: adagrad,
-    optim.Adadelta: adadelta,
     optim.RAdam: radam,
     optim.Adamax: adamax,
 }

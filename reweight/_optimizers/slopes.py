@@ -6,7 +6,7 @@ one number for each. It begins as 1, and what all entries have in common stays a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,73 @@ from torch import Tensor
 from reweight._optimizers.operations import Call, leaves, tensors_in
 
 
-class Slope(NamedTuple):
+@dataclass(frozen=True)
+class Slope:
     """A slope of scale · entries, or of scale for each entry."""
 
-    scale: float
+    scale: float = 0.0
     entries: Tensor | None = None
 
+    def __add__(self, other: "Slope") -> "Slope":
+        if not self.scale or not other.scale:
+            return self if self.scale else other
+        if self.entries is other.entries:
+            return Slope(self.scale + other.scale, self.entries)
+        if self.entries is None:
+            return other + self
+        share = other.scale / self.scale
+        if other.entries is None:
+            return Slope(self.scale, self.entries + share)
+        return Slope(self.scale, self.entries.add(other.entries, alpha=share))
 
-@dataclass
+    def __mul__(self, by: Tensor | float) -> "Slope":
+        if not isinstance(by, Tensor):
+            return Slope(self.scale * by, self.entries)
+        if not self.scale:
+            return self
+        return Slope(self.scale, by if self.entries is None else self.entries * by)
+
+    def __truediv__(self, by: Tensor | float) -> "Slope":
+        if not isinstance(by, Tensor):
+            return Slope(self.scale / by, self.entries)
+        if not self.scale:
+            return self
+        return Slope(self.scale, 1 / by if self.entries is None else self.entries / by)
+
+
+@dataclass(frozen=True)
 class _Dual:
     """An argument and its slope."""
 
     value: Any
-    slope: Slope = Slope(0.0)
+    slope: Slope = Slope()
+
+
+_ONE = _Dual(1.0)
+# What comes of it and its arguments → its slope. Others, of which there are few, take a backward.
+_RULES: Mapping[str, Callable[..., Slope]] = {
+    "copy": lambda z, x, y, *rest: y.slope,
+    "add": lambda z, x, y, alpha=_ONE: x.slope + y.slope * alpha.value,
+    "mul": lambda z, x, y: x.slope * y.value + y.slope * x.value,
+    "div": lambda z, x, y: (x.slope + y.slope * -1.0 * z) / y.value,
+    "sqrt": lambda z, x: x.slope * 0.5 / z,
+    "addcmul": lambda z, x, a, b, value=_ONE: (
+        x.slope + (a.slope * b.value + b.slope * a.value) * value.value
+    ),
+    "addcdiv": lambda z, x, a, b, value=_ONE: (
+        x.slope + (a.slope + b.slope * -1.0 * (a.value / b.value)) / b.value * value.value
+    ),
+    "lerp": lambda z, x, y, weight: (
+        x.slope * (1 - weight.value)
+        + y.slope * weight.value
+        + (weight.slope * (y.value - x.value) if weight.slope.scale else Slope())
+    ),
+    "maximum": lambda z, x, y: _chosen(x, y, torch.heaviside(x.value - y.value, z.new_tensor(0.5))),
+}
+
+
+def _chosen(x: _Dual, y: _Dual, share: Tensor) -> Slope:
+    return x.slope * share + (y.slope * (1 - share) if y.slope.scale else Slope())
 
 
 class _Place(int):
@@ -70,16 +124,21 @@ class Program:
         """The result for these, and its slope."""
         held = {i: _Dual(tensor) for i, tensor in enumerate(inputs)}
         held[0] = _Dual(inputs[0], Slope(1.0))
-        for call, duals, place in self._calls:
+        for call, duals, after in self._calls:
+            args, named = duals.with_values(lambda v: held[v] if type(v) is _Place else v).inputs
+            rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
+            if rule is None and any(x.slope.scale for x in [*args, *named.values()]):
+                held[after] = _by_backward(call, held)
+                continue
             (new,) = call.with_values(lambda v: held[v].value if type(v) is _Place else v).again()
-            duals = duals.with_values(lambda v: held[v] if type(v) is _Place else v)
-            held[place] = _Dual(new, _slope(duals, new))
+            held[after] = _Dual(new, rule(new, *args, **named) if rule else Slope())
         result = held[self._result]
         return result.value, result.slope
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    place: int = tensor.untyped_storage()._cdata
+    return place
 
 
 def _constant(value: Any) -> Any:
@@ -89,86 +148,19 @@ def _constant(value: Any) -> Any:
     return value if type(value) is _Place else _Dual(value)
 
 
-def _slope(call: Call, result: Tensor) -> Slope:
-    """Of the result of a call on duals."""
-    outputs = dict(call.op.written).values()
-    args = leaves(call.values)
-    named = {name: value for name, value in call.named.items() if name not in outputs}
-    moving = {id(x.value): x for x in [*args, *named.values()] if x.slope.scale}
-    if not moving:
-        return Slope(0.0)
-    rule = _RULES.get(call.op.name)
-    if rule is not None and named.keys() <= {"alpha", "value"}:
-        return rule(result, *args, **named)
-    # Any other: Σ ∂z/∂x · ẋ.
-    inputs = {key: x.value.detach().requires_grad_() for key, x in moving.items()}
+def _by_backward(call: Call, held: Mapping[int, _Dual]) -> _Dual:
+    """Σ ∂z/∂x · ẋ."""
+    moving = {v: held[v] for v in leaves(call.arguments) if type(v) is _Place}
+    inputs = {v: x.value.detach().requires_grad_() for v, x in moving.items() if x.slope.scale}
     with torch.enable_grad():
-        values = call.with_values(lambda x: inputs.get(id(x.value), x.value))
-        new = torch.stack(values.again()).sum()
-        partials = [torch.zeros_like(x) for x in inputs.values()]
-        if new.requires_grad:
-            partials = torch.autograd.grad(new, list(inputs.values()), materialize_grads=True)
-    total = Slope(0.0)
-    for x, partial in zip(moving.values(), partials, strict=True):
-        total = _plus(total, _times(x.slope, partial))
-    return total
-
-
-def _plus(a: Slope, b: Slope, alpha: float = 1.0) -> Slope:
-    """a + α·b."""
-    b = Slope(alpha * b.scale, b.entries)
-    if not a.scale or not b.scale:
-        return a if a.scale else b
-    if a.entries is b.entries:
-        return Slope(a.scale + b.scale, a.entries)
-    if a.entries is None:
-        a, b = b, a
-    assert a.entries is not None
-    share = b.scale / a.scale
-    entries = a.entries + share if b.entries is None else a.entries.add(b.entries, alpha=share)
-    return Slope(a.scale, entries)
-
-
-def _times(a: Slope, b: Tensor | float) -> Slope:
-    if not isinstance(b, Tensor):
-        return Slope(a.scale * b, a.entries)
-    return a if not a.scale else Slope(a.scale, b if a.entries is None else a.entries * b)
-
-
-def _over(a: Slope, b: Tensor | float) -> Slope:
-    if not isinstance(b, Tensor):
-        return Slope(a.scale / b, a.entries)
-    return a if not a.scale else Slope(a.scale, 1 / b if a.entries is None else a.entries / b)
-
-
-def _product(x: _Dual, y: _Dual) -> Slope:
-    return _plus(_times(x.slope, y.value), _times(y.slope, x.value))
-
-
-def _quotient(x: _Dual, y: _Dual, value: Any = None) -> Slope:
-    """Of x / y, which has this value."""
-    if y.slope.scale and value is None:
-        value = x.value / y.value
-    return _over(_plus(x.slope, _times(y.slope, value), -1), y.value)
-
-
-def _between(x: _Dual, y: _Dual, weight: _Dual) -> Slope:
-    moved = _plus(_times(x.slope, 1 - weight.value), _times(y.slope, weight.value))
-    if weight.slope.scale:
-        moved = _plus(moved, _times(weight.slope, y.value - x.value))
-    return moved
-
-
-_ONE = _Dual(1.0)
-_RULES: Mapping[str, Callable[..., Slope]] = {
-    "zero": lambda z, x: Slope(0.0),
-    "copy": lambda z, x, y, *rest: y.slope,
-    "add": lambda z, x, y, alpha=_ONE: _plus(x.slope, y.slope, alpha.value),
-    "sub": lambda z, x, y, alpha=_ONE: _plus(x.slope, y.slope, -alpha.value),
-    "mul": lambda z, x, y: _product(x, y),
-    "div": lambda z, x, y: _quotient(x, y, z),
-    "sqrt": lambda z, x: _over(_times(x.slope, 0.5), z),
-    "addcmul": lambda z, x, a, b, value=_ONE: _plus(x.slope, _product(a, b), value.value),
-    "addcdiv": lambda z, x, a, b, value=_ONE: _plus(x.slope, _quotient(a, b), value.value),
-    "lerp": lambda z, x, y, weight: _between(x, y, weight),
-}
+        values = {v: x.value for v, x in held.items()} | inputs
+        (new,) = call.with_values(lambda v: values[v] if type(v) is _Place else v).again()
+    slope = Slope()
+    if new.requires_grad:
+        ones = new.new_ones(()).expand_as(new)
+        partials = torch.autograd.grad(
+            new, list(inputs.values()), ones, allow_unused=True, materialize_grads=True
+        )
+        for v, partial in zip(inputs, partials, strict=True):
+            slope += moving[v].slope * partial
+    return _Dual(new.detach(), slope)
