@@ -236,13 +236,6 @@ class Call(NamedTuple):
         """All of them."""
         return [*self.values, *self.named.values()]
 
-    @property
-    def inputs(self) -> tuple[list[Any], dict[str, Any]]:
-        """Without those that are only written to; what stands in lists by itself."""
-        outputs = {name for _, name in self.op.written}
-        named = {name: value for name, value in self.named.items() if name not in outputs}
-        return leaves(self.values), named
-
     def again(self) -> list[Tensor]:
         """The results of the values that it has now."""
         tracked = torch.is_grad_enabled()

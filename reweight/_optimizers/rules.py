@@ -10,17 +10,32 @@ takes the param group, the moments of the parameter (none before its first step)
 is, and d; it changes none of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, optim
+
+from reweight._optimizers.entries import Kind, Program, Slopes, kinds_of, taken
+from reweight._optimizers.slopes import Slope
 
 Group: TypeAlias = dict[str, Any]
 Moments: TypeAlias = Mapping[str, Tensor]
 Count: TypeAlias = float | Tensor
 Step: TypeAlias = tuple[Tensor, Tensor | float]
 Rule: TypeAlias = Callable[[Group, Moments, Count, Tensor], Step]
+
+
+def by_rule(optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None]) -> Slopes:
+    """The next step and its slopes.
+
+    Args:
+        optimizer: of a class that there is a rule for; nothing of it changes.
+        gradients: by the id of the parameter; None for none.
+    """
+    kinds = kinds_of(optimizer, gradients, is_known=True)
+    assert kinds is not None
+    return taken([_program(optimizer, kind) for kind in kinds], kinds)
 
 
 def sgd(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
@@ -91,3 +106,32 @@ def _mean(moment: Tensor | None, new: Tensor, decay: float) -> Tensor:
 
 def _sum(decay: float, moment: Tensor, share: float, new: Tensor) -> Tensor:
     return (decay * moment).add_(new, alpha=share)
+
+
+def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
+    """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
+    group, rule = optimizer.param_groups[kind.group], RULES[type(optimizer)]
+    count = _count(optimizer.state.get(kind.columns[1][0], {}))
+    lr, decay = group["lr"], group.get("weight_decay", 0)
+    decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
+
+    @torch.no_grad()
+    def program(inputs: Sequence[Tensor]) -> tuple[Tensor, Slope]:
+        g, p, *moments = inputs
+        d = -g if group.get("maximize") else g
+        if decay and not decoupled:
+            d = d.add(p, alpha=decay)
+        start = p * (1 - lr * decay) if decoupled and decay else p
+        step, slope = rule(group, dict(zip(kind.names, moments, strict=True)), count, d)
+        moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
+        return moved, Slope(1.0) * slope * (lr if group.get("maximize") else -lr)
+
+    return program
+
+
+def _count(state: Mapping[str, Any]) -> Count:
+    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
+    step = state.get("step", 0)
+    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
+    # In float64: β**count would otherwise be rounded to float32.
+    return (step.double() if on_device else float(step)) + 1

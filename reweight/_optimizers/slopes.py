@@ -61,6 +61,7 @@ _ONE = _Dual(1.0)
 _RULES: Mapping[str, Callable[..., Slope]] = {
     "copy": lambda z, x, y, *rest: y.slope,
     "add": lambda z, x, y, alpha=_ONE: x.slope + y.slope * alpha.value,
+    "sub": lambda z, x, y, alpha=_ONE: x.slope + y.slope * -alpha.value,
     "mul": lambda z, x, y: x.slope * y.value + y.slope * x.value,
     "div": lambda z, x, y: (x.slope + y.slope * -1.0 * z) / y.value,
     "sqrt": lambda z, x: x.slope * 0.5 / z,
@@ -75,11 +76,12 @@ _RULES: Mapping[str, Callable[..., Slope]] = {
         + y.slope * weight.value
         + (weight.slope * (y.value - x.value) if weight.slope.scale else Slope())
     ),
-    "maximum": lambda z, x, y: _chosen(x, y, torch.heaviside(x.value - y.value, z.new_tensor(0.5))),
+    "maximum": lambda z, x, y: _of_larger(z, x, y),
 }
 
 
-def _chosen(x: _Dual, y: _Dual, share: Tensor) -> Slope:
+def _of_larger(z: Tensor, x: _Dual, y: _Dual) -> Slope:
+    share = torch.heaviside(x.value - y.value, z.new_full((), 0.5))  # half, if they are equal
     return x.slope * share + (y.slope * (1 - share) if y.slope.scale else Slope())
 
 
@@ -125,13 +127,17 @@ class Program:
         held = {i: _Dual(tensor) for i, tensor in enumerate(inputs)}
         held[0] = _Dual(inputs[0], Slope(1.0))
         for call, duals, after in self._calls:
-            args, named = duals.with_values(lambda v: held[v] if type(v) is _Place else v).inputs
+            duals = duals.with_values(lambda v: held[v] if type(v) is _Place else v)
+            outputs = dict(call.op.written).values()
+            named = {name: x for name, x in duals.named.items() if name not in outputs}
+            args = leaves(duals.values)
+            moves = any(x.slope.scale for x in [*args, *named.values()])
             rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
-            if rule is None and any(x.slope.scale for x in [*args, *named.values()]):
+            if moves and rule is None:
                 held[after] = _by_backward(call, held)
                 continue
             (new,) = call.with_values(lambda v: held[v].value if type(v) is _Place else v).again()
-            held[after] = _Dual(new, rule(new, *args, **named) if rule else Slope())
+            held[after] = _Dual(new, rule(new, *args, **named) if moves and rule else Slope())
         result = held[self._result]
         return result.value, result.slope
 
