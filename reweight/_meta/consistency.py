@@ -5,7 +5,9 @@ update tell, and nothing waits for the device: what they came to is read at the 
 """
 
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import gather, local, num_ranks
 from reweight._ranks.shards import num_copies
 
+_SMALL = 1 << 14  # entries; below, it is cheaper to move them than to call an operation for each
+
 
 def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
     """This rank's part of both sums and of the size of their terms, shape [3].
@@ -27,28 +31,26 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms, ranks = known.weights * value, num_ranks()
-    tangents = {name: _flat(tangent) for name, tangent in direction.items()}
-    # A parameter that only another rank's losses reach has no gradient of its own here.
-    ahead = {
-        name: _flat(known.gradients.get(name, torch.zeros_like(tangent)))
-        for name, tangent in direction.items()
-    }
-    dots = []
-    for name, tangent in tangents.items():
-        dot = torch.dot(tangent, ahead[name])
+    terms = known.weights * value
+    pairs = defaultdict[float, list[tuple[Tensor, Tensor]]](list)  # of v and gradient, by share
+    for name, tangent in direction.items():
+        # A parameter that only another rank's losses reach has no gradient of its own here.
+        gradient = known.gradients.get(name)
+        if gradient is None:
+            continue
+        share = 1 / (num_copies(tangent) or num_ranks())
+        pairs[share].append((_flat(tangent), _flat(gradient)))
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
-            dot = dot - torch.dot(tangent, _flat(before))
-        shares = num_copies(direction[name]) or ranks
-        dots.append(dot.to(value) if shares == 1 else dot.to(value) / shares)
+            pairs[-share].append((_flat(tangent), _flat(before)))
+    dots = [share * torch.stack(_dots(each)).to(value) for share, each in pairs.items()]
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = _norm(list(tangents.values()), value) * _norm(list(ahead.values()), value)
+    norms = _norm(direction.values(), value) * _norm(known.gradients.values(), value)
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
     of_samples = (problem.first.sample_shares * known.weights).abs()
     loss = (of_samples * problem.first.losses.losses.detach()).abs().sum() / of_samples.sum()
     by_heart = 8 * problem.precision ** (2 / 3) / loss.clamp(min=problem.precision)
-    sums = torch.stack(dots)
+    sums = torch.cat([value.new_zeros(1), *dots])
     sizes = (
         terms.abs().sum() * by_heart.clamp(min=1),
         sums.abs().sum(),
@@ -57,9 +59,22 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
-def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+def _dots(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """⟨a, b⟩ of each large pair, and of all small ones as if they were one."""
+    alike = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)
+    for i, (a, b) in enumerate(pairs):
+        alike[i if a.numel() > _SMALL else (a.dtype, a.device)].append((a, b))
+    return [torch.dot(*map(_joined, zip(*each, strict=True))) for each in alike.values()]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _norm(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
     """That of all of them as one vector."""
-    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(tensors)])
+    flat = list(map(_flat, tensors))
+    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(flat)])
     total: Tensor = torch.linalg.vector_norm(norms)
     return total
 

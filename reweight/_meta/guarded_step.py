@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from reweight._passes.snapshots import clones
+
 
 class Snapshot:
     """The parameters of an optimizer and its state, now."""
@@ -13,15 +15,18 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.values = [p.detach().clone() for p in self.parameters]
+        states = [
+            dict(optimizer.state[p]) if p in optimizer.state else None for p in self.parameters
+        ]
+        tensors = {(i, ""): p.detach() for i, p in enumerate(self.parameters)}
+        for i, state in enumerate(states):
+            found = (state or {}).items()
+            tensors |= {(i, name): value for name, value in found if isinstance(value, Tensor)}
+        copies = clones(tensors)
+        self.values = [copies[i, ""] for i in range(len(states))]
         self.states = [
-            {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in optimizer.state[p].items()
-            }
-            if p in optimizer.state
-            else None
-            for p in self.parameters
+            None if state is None else {n: copies.get((i, n), v) for n, v in state.items()}
+            for i, state in enumerate(states)
         ]
 
     def restore(self) -> None:
@@ -71,4 +76,5 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every entry of all of them is, bool, scalar, on their device."""
     largest = torch._foreach_norm([t.detach() for t in tensors if t.numel()], torch.inf)
-    return torch.stack(largest).isfinite().all()
+    most = torch.stack(largest).amax()
+    return most - most == 0  # else it is not a number

@@ -1,4 +1,4 @@
-"""Calls of ``torch.autograd.Function``, which no mode of PyTorch's sees."""
+"""Calls of ``torch.autograd.Function`` and of TorchScript, which no mode of PyTorch's sees."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from torch.autograd.function import (
     _SingleLevelFunction,
 )
 
+from reweight._passes.memory import tensors_in
 from reweight._passes.operations import dual, have_tangents, is_continuous, unpack
 from reweight._passes.snapshots import RandomState
 
@@ -33,6 +34,28 @@ def applied_by(handler: Handler) -> Iterator[None]:
     in_python = isinstance(vars(Function).get("apply"), classmethod)
     with _by_python(handler) if in_python else _by_lookups(handler):
         yield
+
+
+@contextmanager
+def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
+    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs."""
+    kinds: list[Any] = [torch._C.ScriptFunction, torch._C.ScriptMethod]
+    calls = [kind.__call__ for kind in kinds]
+
+    def looked_at(call: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            look(tensors_in(args, kwargs))
+            return call(self, *args, **kwargs)
+
+        return run
+
+    for kind, call in zip(kinds, calls, strict=True):
+        kind.__call__ = looked_at(call)
+    try:
+        yield
+    finally:
+        for kind, call in zip(kinds, calls, strict=True):
+            kind.__call__ = call
 
 
 @contextmanager

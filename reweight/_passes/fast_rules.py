@@ -7,9 +7,9 @@ A rule takes what the call came to before and its arguments, and gives a dual nu
 PyTorch's own forward mode is to run. Dual numbers of a rule end the graph of an inner gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,15 @@ from reweight._passes.tangent_rules import embedding
 
 aten = torch.ops.aten
 
+PutOff: TypeAlias = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], Tensor]
+"""Keeps a place for a value: like the tangent, of what it is computed, and how."""
+
 
 def product_rule(product: Callable[..., Tensor]) -> Rule:
     """(input, weight, bias, ...) → input · weight + bias, linear in each."""
 
     def rule(
-        known: Tensor | None,
+        known: Tensor | PutOff | None,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -38,14 +41,16 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         (x, dx), (w, dw), (b, db) = map(unpack, (input, weight, bias))
         if dw is None and (dx is None or db is not None):
             return None
-        strided = product is F.linear and not x.is_contiguous()
-        if known is not None:
-            value = known
-        elif strided:  # with a graph it is computed in another way, as in the forward
-            given = [_leaf(*each) for each in ((x, dx), (w, dw), (b, db))]
-            value = F.linear(*given).detach()
-        else:
-            value = product(x, w, b, *args, **kw)
+        given, strided = (x, w, b), product is F.linear and not x.is_contiguous()
+
+        def compute() -> Tensor:
+            if not strided:
+                return product(*given, *args, **kw)
+            # With a graph it is computed in another way, as in the forward.
+            with torch.enable_grad():
+                leaves = [_leaf(*each) for each in zip(given, (dx, dw, db), strict=True)]
+                return F.linear(*leaves).detach()
+
         if strided:
             x, dx = x.contiguous(), None if dx is None else dx.contiguous()
         tangent = None if dw is None else product(x, dw, db, *args, **kw)
@@ -59,7 +64,10 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         else:
             tangent.add_(product(dx, w, None, *args, **kw))
         assert tangent is not None
-        return fitting(value, tangent)
+        if not isinstance(known, Tensor):
+            whole = [each for each in given if each is not None]
+            known = compute() if known is None else known(tangent, whole, compute)
+        return fitting(known, tangent)
 
     return rule
 
@@ -184,14 +192,12 @@ FAST_RULES: dict[Callable[..., Any], Rule] = {
     F.layer_norm: layer_norm,
     F.scaled_dot_product_attention: attention,
 }
-OF_KNOWN: dict[Callable[..., Any], Rule] = {
+OF_TANGENTS: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(_named("relu"), _by_output(_threshold)),
     **dict.fromkeys(_named("tanh"), _by_output(aten.tanh_backward)),
     **dict.fromkeys(_named("sigmoid"), _by_output(aten.sigmoid_backward)),
     **dict.fromkeys(_named("add"), _added(1)),
     **dict.fromkeys(_named("sub"), _added(-1)),
-    **dict.fromkeys(_named("div"), _divided),
-    **{product: _bilinear(product) for product in _named("mul", "matmul", "mm", "bmm")},
     **{
         func: _linear(func)
         for func in _named(
@@ -199,9 +205,23 @@ OF_KNOWN: dict[Callable[..., Any], Rule] = {
             *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "float", "to"),
         )
     },
+}
+"""Where it takes nothing of the arguments but their tangents, if the value is known."""
+OF_KNOWN: dict[Callable[..., Any], Rule] = {
+    **OF_TANGENTS,
+    **dict.fromkeys(_named("div"), _divided),
+    **{product: _bilinear(product) for product in _named("mul", "matmul", "mm", "bmm")},
     F.gelu: _gelu,
     F.silu: _silu,
 }
 """Where PyTorch's forward mode is as good unless the value is known."""
+VIEWS = set(
+    _named(
+        *("view", "view_as", "reshape", "flatten", "unflatten", "contiguous", "expand", "narrow"),
+        *("transpose", "permute", "movedim", "swapaxes", "squeeze", "unsqueeze", "t", "select"),
+        *("unbind", "chunk", "split", "tensor_split", "__getitem__", "to", "float"),
+    )
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
+"""What may come to another view of the same memory, and can be done again where it does not."""
 RECALLED = (FAST_RULES.keys() | OF_KNOWN.keys()) - {F.batch_norm}
 """What has a rule that can make use of what it came to."""

@@ -13,7 +13,7 @@ from reweight._checks import check_function
 from reweight._kernels.function import logits_kept
 from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
-from reweight._passes.snapshots import Beginning
+from reweight._passes.snapshots import Beginning, clones
 from reweight._ranks.shards import placed
 from reweight.batches import Batch, copied, describe, tensors_of
 from reweight.losses import ExitLosses, exit_cross_entropy
@@ -82,7 +82,7 @@ class ExitForward:
         """
 
         def look(*_: Any) -> None:
-            beginning.buffers = {n: b.clone() for n, b in self._inner.named_buffers()}
+            beginning.buffers = clones(dict(self._inner.named_buffers()))
 
         model, hook = self._inner, None
         if wrapped and self._model is not self._inner:
@@ -121,7 +121,7 @@ class ExitForward:
                 "`parametrize.cached()` must not be around a step: it would keep the parameters of "
                 "one pass for the next."
             )
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        copies = clones(buffers)
         own = {id(module.weight) for module in self._renormed}
         names = [name for name, p in self._inner.named_parameters() if id(p) in own] if own else ()
         parameters = {n: p.clone() if n in names else p for n, p in parameters.items()}

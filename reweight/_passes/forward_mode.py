@@ -1,7 +1,7 @@
 """The forward-mode pass with less arithmetic than PyTorch's own, and the same result.
 
-Its values are those of the first forward, as far as they are still there; what is left of it are
-the products of the tangents.
+Its values are those of the first forward, as far as they are still there or anything reads them;
+what is left of it are the products of the tangents.
 """
 
 import functools
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from reweight._passes.custom_functions import applied_by
+from reweight._passes.custom_functions import applied_by, scripts_called_by
+from reweight._passes.deferred import Deferred
 from reweight._passes.eager import attention_layer
-from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, PRODUCTS
+from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PRODUCTS, VIEWS
 from reweight._passes.ladder import GRADIENTS, Ladder
 from reweight._passes.memory import is_large, is_plain, memory_of, tensors_in
-from reweight._passes.operations import have_tangents
+from reweight._passes.operations import dual, have_tangents, unpack
 from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache
 from reweight._passes.tangent_rules import RULES
 
@@ -48,6 +49,7 @@ class _ForwardMode(TangentsWithGradients):
     def __init__(self, cache: PrimalCache, ladder: Ladder) -> None:
         super().__init__()
         self._recall, self._ladder = cache.again(), ladder
+        self.deferred = Deferred(ladder.give_up_recall)
         self._handlers: dict[Any, Callable[..., Any]] = {
             **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},
             **{func: partial(ladder.gradient, func) for func in GRADIENTS},
@@ -73,6 +75,13 @@ class _ForwardMode(TangentsWithGradients):
         return result
 
     def _run(self, func: Any, classes: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
+        if self.deferred and func not in ASKS and func is not F.multi_head_attention_forward:
+            tensors = tensors_in(args, kwargs)
+            if self.deferred.among(tensors):
+                result = self._without_values(func, classes, args, kwargs, call)
+                if result is not None:
+                    return result
+                self.deferred.fill(tensors)
         if not torch.is_grad_enabled():
             return super().__torch_function__(func, classes, args, kwargs)
         try:
@@ -90,6 +99,48 @@ class _ForwardMode(TangentsWithGradients):
             self._ladder.require_tangents(func, args, kwargs, result)
         return result
 
+    def _without_values(
+        self, func: Any, classes: Any, args: Any, kwargs: Any, call: Call | None
+    ) -> Any:
+        """What reads no value of the arguments; None for what does."""
+        result = None
+        if not torch.is_grad_enabled():
+            pass
+        elif func is F.dropout:
+            result = self._dropout(*args, **kwargs)
+        elif func in OF_TANGENTS:
+            result = self._by_rule(func, args, kwargs, call)
+        if result is not None:
+            return result
+        if func in VIEWS:
+            result = super().__torch_function__(func, classes, args, kwargs)
+            if {*map(memory_of, tensors_in([result]))} <= {*map(memory_of, tensors_in(args))}:
+                return result
+        return None
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor | None:
+        """The same draw; the value is put off as that of the input is."""
+        if p == 0 or not training:
+            return input
+        x, dx = unpack(input)
+        if dx is None or inplace:
+            return None
+        factors: Tensor = F.dropout(torch.ones_like(x), p)
+
+        def compute() -> Tensor:
+            self.deferred.fill([x])
+            return factors.mul(x)
+
+        tangent = dx * factors
+        return dual(self.deferred.put_off(tangent, [x, factors], compute), tangent)
+
+    def apply(self, function: Any, apply: Callable[..., Any], args: Any) -> Any:
+        """Apply a custom Function to dual numbers."""
+        self.deferred.fill(tensors_in(args))
+        return self._ladder.apply(function, apply, args)
+
     def _by_rule(self, func: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
         rule = FAST_RULES.get(func)
         if self._recall is None and (rule is None or _is_small_product(func, args)):
@@ -99,7 +150,8 @@ class _ForwardMode(TangentsWithGradients):
             return None
         value = None if self._recall is None else self._recall.value(call)
         if rule is not None:
-            return rule(value, *args, **kwargs)
+            known = self.deferred.put_off if value is None and call and func in PRODUCTS else value
+            return rule(known, *args, **kwargs)
         # A view stays one: what is written to it is written to what it is of.
         if value is None or memory_of(value) in map(memory_of, tensors):
             return None
@@ -148,8 +200,11 @@ def plain_attention() -> Iterator[None]:
 def tangents_follow_gradients(cache: PrimalCache, ladder: Ladder) -> Iterator[None]:
     """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
     cache = cache if ladder.recalls and not ladder.needs_graph else PrimalCache()
-    with plain_attention(), _ForwardMode(cache, ladder), applied_by(ladder.apply):
+    mode = _ForwardMode(cache, ladder)
+    deferred = mode.deferred
+    with plain_attention(), mode, applied_by(mode.apply), scripts_called_by(deferred.fill):
         yield
+        deferred.fill_all()
 
 
 @functools.cache

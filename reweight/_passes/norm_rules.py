@@ -27,8 +27,11 @@ Rule: TypeAlias = Callable[..., Tensor | None]
 
 def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
     """Both in one, unless autocast has made them differ."""
-    fits = value.dtype == tangent.dtype and value.shape == tangent.shape
-    return dual(value, tangent) if fits else None
+    if value.dtype != tangent.dtype or value.shape != tangent.shape:
+        return None
+    if value.stride() != tangent.stride():  # PyTorch would fill it with zeros first
+        tangent = torch.empty_like(value).copy_(tangent)
+    return dual(value, tangent)
 
 
 def batch_norm(
@@ -136,7 +139,7 @@ def attention(
         for each in (q, dq, k, dk, v, dv)
     )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    zero = q.new_zeros(())
+    zero = q.new_empty(())  # which beta = 0 leaves out
     scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -3,15 +3,18 @@
 import ctypes
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reweight._passes.memory import is_plain
 from reweight._structure import structure_of
+
+T = TypeVar("T")
 
 
 class RandomState:
@@ -92,7 +95,7 @@ class Beginning:
         devices = {parameter.device for parameter in parameters.values()}
         drawn = None if earlier is None else earlier._random_state
         self._random_state: RandomState = RandomState(devices, (), drawn)
-        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        self.buffers = clones(buffers)
         self._places = [
             (members, key, buffers[name], self.buffers[name])
             for members, key, _, name in places
@@ -131,9 +134,29 @@ class Beginning:
         spoils it, even the change back.
         """
         self.replay()
-        for members, key, buffer, value in self._places:
-            buffer.data.copy_(value)
+        for members, key, buffer, _ in self._places:
             members[key] = buffer
+        values = {id(buffer): (buffer, value) for _, _, buffer, value in self._places}.values()
+        copy_all([buffer.data for buffer, _ in values], [value for _, value in values])
+
+
+def clones(tensors: Mapping[T, Tensor]) -> dict[T, Tensor]:
+    """Copies of all of them."""
+    is_simple = {name: is_plain(t) and not t.requires_grad for name, t in tensors.items()}
+    copies = {n: torch.empty_like(t) if is_simple[n] else t.clone() for n, t in tensors.items()}
+    names = [name for name, simple in is_simple.items() if simple]
+    copy_all([copies[n] for n in names], [tensors[n] for n in names])
+    return copies
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each to its target, by one operation as far as they are plain."""
+    pairs = list(zip(targets, sources, strict=True))
+    plain = [(target, source) for target, source in pairs if is_plain(target) and is_plain(source)]
+    if plain:
+        torch._foreach_copy_([target for target, _ in plain], [source for _, source in plain])
+    for target, source in pairs if len(plain) < len(pairs) else ():
+        target.copy_(source)
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()

@@ -1,14 +1,21 @@
 import pytest
+import torch
 from torch import Tensor
 
 from reweight._passes import memory
+from reweight._passes.deferred import Deferred
 from reweight._passes.primal_cache import Recall
 
 
 @pytest.fixture
 def all_is_large(monkeypatch) -> None:
-    """What is recalled of large tensors is recalled of small ones as well."""
+    """What is recalled of large tensors is recalled of small ones as well.
+
+    And what is put off is not a number until it is filled, so that who reads it does not go unseen.
+    """
     monkeypatch.setattr(memory, "_LARGE", 0)
+    put_off = Deferred.put_off
+    monkeypatch.setattr(Deferred, "put_off", lambda *args: put_off(*args).fill_(torch.nan))
 
 
 @pytest.fixture
