@@ -63,8 +63,8 @@ def by_backward(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _backward_of_backward(
     outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]
 ) -> list[Tensor]:
-    if not outputs:
-        return []
+    if not any(y.numel() for y in outputs):  # as of checkpointing, which only keeps its inputs
+        return [torch.zeros_like(y) for y in outputs]
 
     leaves = [_generic_like(y).requires_grad_() for y in outputs]
     cotangents = [leaf.view_as(leaf) for leaf in leaves]  # a backward may give them as they are

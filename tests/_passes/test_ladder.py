@@ -53,6 +53,25 @@ class Noisy(torch.autograd.Function):
         return gradient * ctx.noise
 
 
+class Keeps(torch.autograd.Function):
+    """What checkpointing of older versions keeps its inputs by: there is nothing to come back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("there is no gradient of nothing")
+
+
+def test_what_has_no_entries_needs_no_backward() -> None:
+    ladder, x = Ladder(), torch.randn(3, dtype=torch.float64)
+    _, tangent = run(lambda x: torch.cat([x.sin(), Keeps.apply(x)]), x, torch.ones_like(x), ladder)
+    torch.testing.assert_close(tangent, x.cos())
+    assert set(ladder.ways.values()) <= {Rung.BACKWARD}
+
+
 def means(x: Tensor) -> Tensor:
     return torch.segment_reduce(x.view(8, 2), "mean", lengths=torch.tensor([3, 5]), axis=0)
 
