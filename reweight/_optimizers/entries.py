@@ -103,7 +103,9 @@ def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -
     blocks: list[Sequence[Tensor]] = [[tensor] for tensor in (*inputs, value, slope)]
     if value.is_contiguous() and like[0].dim():
         size, ones = _size_on(value.device), [1] * (like[0].dim() - 1)  # some ask for the dimension
-        blocks = [whole.reshape(-1, *ones).split(size) for (whole,) in blocks]
+        blocks = [[whole.reshape(-1, *ones)] for (whole,) in blocks]
+        if value.numel() > size:
+            blocks = [whole.split(size) for (whole,) in blocks]
     for *given, to_value, to_slope in zip(*blocks, strict=True):
         new, moved = program(given)
         to_value.copy_(new)
@@ -153,7 +155,7 @@ def kinds_of(
         for p in group["params"]:
             if gradients.get(id(p)) is None:
                 continue
-            like = _like(p, optimizer.state.get(p, {}))
+            like = _like(p, optimizer.state.get(p, {}), is_known)
             if like is None or (vars(p) and not is_known):
                 return None
             alike[(number, *like)].append(p)
@@ -171,11 +173,12 @@ def kinds_of(
 _PARTS = ("param_groups", "state", "params", "param_names", "step")
 
 
-def _like(p: Tensor, state: Mapping[str, Any]) -> tuple[Any, ...] | None:
+def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...] | None:
     """What those that go as one have alike; None if the state is not of entries and numbers."""
     if p.is_complex():
         return None
-    found: list[Any] = [p.dim() or id(p), p.dtype, p.device, p.requires_grad]
+    # A step that is not known may ask for the dimension.
+    found: list[Any] = [is_known or p.dim() or id(p), p.dtype, p.device, p.requires_grad]
     for name, value in state.items():
         if not isinstance(value, Tensor):
             if not _is_number(value):
@@ -224,5 +227,5 @@ def parted(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The other way."""
     if len(like) == 1:
         return [whole]
-    parts = whole.split([tensor.numel() for tensor in like])
+    parts = whole.split_with_sizes([tensor.numel() for tensor in like])
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
