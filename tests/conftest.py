@@ -1,4 +1,6 @@
 import gc
+import logging
+import sys
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from xdist.scheduler import LoadScopeScheduling
 from reweight._kernels import function, linear, torch_kernels
 
 torch.set_num_threads(1)  # the tensors here are tiny
+# pytest listens to loggers of their own: the compiler would write down every graph for it.
+logging.getLogger("torch.__trace").propagate = True
 
 
 FORKED = ("test_collectives.py", "test_shards.py", "test_faults.py", "test_train.py", "processes")
@@ -27,6 +31,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByTest | 
 def pytest_collection_finish() -> None:
     """What all the modules hold stays: the garbage collector need not go through it each time."""
     gc.freeze()
+    if guards := sys.modules.get("torch._dynamo.guards"):
+        # The compiler flushes the processor's cache for each graph, to time its guards.
+        guards.profile_guard_manager = lambda *args: 0.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

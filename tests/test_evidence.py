@@ -27,11 +27,11 @@ def exit_losses() -> ExitLosses:
 @pytest.mark.parametrize("name", [n for n, arm in arms.ARMS.items() if arm.frozen_from is None])
 def test_every_arm_takes_steps(name: str) -> None:
     arm = arms.ARMS[name]
-    training = evidence.Run(TINY, replace(arm, warm_up=0.0), seed=0)
+    training = evidence.Run(replace(TINY, train_size=32), replace(arm, warm_up=0.0), seed=0)
     before = {key: value.clone() for key, value in training.model.state_dict().items()}
     losses, weights, _ = training.train_epoch(0)
     assert losses.losses.shape == weights.shape
-    assert len(weights) >= 64
+    assert len(weights) >= 32
     assert weights.isfinite().all()
     assert all(not torch.equal(before[k], v) for k, v in training.model.named_parameters())
     batches = weights.view(-1, 16, 3)
@@ -294,7 +294,7 @@ def test_fixed_weightings_are_drawn_once_and_weigh_by_loss(exit_losses: ExitLoss
 
 
 def test_headroom_chooses_by_the_outcome_and_judges_with_fresh_seeds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", replace(TINY, epochs=1))
+    monkeypatch.setitem(evidence.EXPERIMENTS, "tiny", replace(TINY, epochs=1, train_size=32))
     path, counts = tmp_path / "headroom.csv", []
     for _ in range(2):
         arguments = ["--experiment", "tiny", "--candidates", "16", "--results", str(path)]

@@ -315,7 +315,7 @@ class TestState:
 
 
 @pytest.mark.parametrize(
-    ("estimator", "num_steps"), [("forward", 100), ("unrolled", 50), ("finite_difference", 50)]
+    ("estimator", "num_steps"), [("forward", 100), ("unrolled", 20), ("finite_difference", 20)]
 )
 def test_steps_leave_no_tensor_behind(estimator: str, num_steps: int) -> None:
     model, train, meta = make_model("mlp"), make_batch("mlp"), make_batch("mlp", seed=2)

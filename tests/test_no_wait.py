@@ -137,11 +137,11 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_asks_for_no_value(kind) -> None:
     step = make(**KINDS[kind])
-    for _ in range(3):
+    for _ in range(2):  # the second meets what the first has left
         train, meta = batch(), batch()
         with NoLiterals(), NoCopies():
             result = step.backward(train, meta)
         assert all(is_on_device(p.grad) for p in step.model.parameters())
         warm_up(step.optimizers[0])
     assert is_on_device(result.weights)
-    assert step._learner.num_updates == (2 if kind == "every other call" else 3)
+    assert step._learner.num_updates == (1 if kind == "every other call" else 2)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", "3.2")
+from triton.runtime.interpreter import InterpretedFunction
+
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
 from reweight._kernels import triton_kernels
 from reweight._passes.forward_mode import load_forward_mode
@@ -27,6 +29,26 @@ INF = float("inf")
 @pytest.fixture(autouse=True)
 def device():
     with torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prepared_once():
+    """The interpreter prepares Triton's language in every call of a function: half of its time.
+
+    A function of a kernel needs that once; a kernel still prepares it for every launch.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            own, prepared = InterpretedFunction.__call__, set()
+
+            def call(self, *args, **kwargs):
+                if self in prepared:
+                    return self.rewrite()(*args, **kwargs)
+                prepared.add(self)
+                return own(self, *args, **kwargs)
+
+            patch.setattr(InterpretedFunction, "__call__", call)
         yield
 
 
@@ -104,20 +126,20 @@ def blocks(request, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("sizes", [(5, 37), (16, 16, 16), (1,), (24,)])
+@pytest.mark.parametrize("sizes", [(5, 19), (16, 16), (1,), (24,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_equals_float64(dtype, sizes, label_smoothing, blocks) -> None:
-    check(*draw(sizes, dtype), label_smoothing)
+    check(*draw(sizes, dtype, num_rows=5), label_smoothing)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_and_targets_may_lie_anywhere(dtype, blocks) -> None:
-    (plain, *_), target = draw((16, 16), dtype)
-    apart = plain.new_zeros(7, 40)[:, 3:19].copy_(plain)
-    transposed = plain.new_zeros(16, 7).t().copy_(plain)
-    expanded = plain[:1].expand(7, 16)
+    (plain, *_), target = draw((16, 16), dtype, num_rows=5)
+    apart = plain.new_zeros(5, 40)[:, 3:19].copy_(plain)
+    transposed = plain.new_zeros(16, 5).t().copy_(plain)
+    expanded = plain[:1].expand(5, 16)
     check([plain, apart, transposed, expanded], torch.cat([target[:1], target])[1:])
-    check([plain.view(-1)[1:-15].view(6, 16)], target[1:])
+    check([plain.view(-1)[1:-15].view(4, 16)], target[1:])
     check([plain[::2]], target[::2])
 
 
@@ -130,7 +152,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_large_logits_lose_nothing(label_smoothing, blocks) -> None:
-    (z,), target = draw((21,))
+    (z,), target = draw((21,), num_rows=5)
     check([z + 10_000, z - 10_000], target, label_smoothing)
 
 

@@ -1,74 +1,87 @@
-"""Steps that work entry by entry: small parameters go through them as one."""
+"""Steps that go entry by entry, so that ∂θ̂/∂g is one slope for each.
 
+They are taken block by block, and nothing but values and slopes is kept: small parameters go
+through a step together, and of a large one as much as a cache holds, for most of a step is moving
+memory.
+"""
+
+import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.rules import RULES, Count, Group, Moments, Step
+from reweight._optimizers.slopes import Slope
 from reweight._ranks.collectives import local
 from reweight._ranks.shards import shard_like
 
-
-def by_rule(
-    optimizer: optim.Optimizer, group: Group, parameters: list[Tensor], gradients: list[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """One group, shard by shard."""
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    found: list[Any] = [None] * len(parameters)
-    num_zero = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
-    for members in together(parameters, states):
-        chosen = [local(parameters[i]) for i in members]
-        new, slope = _moved(
-            optimizer,
-            group,
-            joined(chosen),
-            joined([local(gradients[i].detach()) for i in members]),
-            {
-                name: joined([local(states[i][name]) for i in members])
-                for name, value in states[members[0]].items()
-                if name != "step" and isinstance(value, Tensor)
-            },
-            _count(states[members[0]]),
-        )
-        slopes: Sequence[Tensor | float] = [slope] * len(members)
-        if isinstance(slope, Tensor) and slope.shape == new.shape:
-            num_zero += torch.count_nonzero(slope - slope)  # NaN where it is not finite
-            slopes = parted(slope.nan_to_num_(0, 0, 0), chosen)
-        for i, value, slope in zip(members, parted(new, chosen), slopes, strict=True):
-            found[i] = [shard_like(gradients[i], part) for part in (value, slope)]
-    values, slopes = zip(*found, strict=True)
-    return moved(gradients, values, slopes), num_zero
+Program: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Slope]]
+"""Of gradients, parameters and moments makes θ̂ and ∂θ̂/∂g."""
+_BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 24  # entries, for a processor's core and for other devices
+_SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
 
 
-def moved(
-    gradients: Sequence[Tensor], values: Sequence[Tensor], slopes: Sequence[Tensor | float]
-) -> list[Tensor]:
-    """θ̂ as a function of the gradients, with those slopes."""
-    return list(_Moved.apply(slopes, *gradients, *values))  # type: ignore[no-untyped-call]
+class Kind(NamedTuple):
+    """Parameters that a step treats alike.
+
+    Attributes:
+        group: which they are of.
+        names: of the moments that the optimizer holds for each entry.
+        columns: gradients, parameters and these moments.
+    """
+
+    group: int
+    names: list[str]
+    columns: list[list[Tensor]]
 
 
-@torch.no_grad()
-def _moved(
-    optimizer: optim.Optimizer, group: Group, p: Tensor, g: Tensor, moments: Moments, count: Count
-) -> Step:
-    """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
-    lr, decay = group["lr"], group.get("weight_decay", 0)
-    decoupled = _is_decoupled(optimizer, group)
-    d = _descent(group, p, g, 0 if decoupled else decay)
-    start = p * (1 - lr * decay) if decoupled and decay else p
-    step, slope = RULES[type(optimizer)](group, moments, count, d)
-    moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
-    return moved.to(p.dtype), slope * (lr if group.get("maximize") else -lr)
+class Slopes(NamedTuple):
+    """θ̂ and ∂θ̂/∂g, by the id of the parameter; the entries that are in this process.
+
+    Slopes that are not finite are 0, and ``num_cut`` counts them.
+    """
+
+    values: dict[int, Tensor]
+    slopes: dict[int, Tensor]
+    num_cut: Tensor
+
+
+def taken(programs: Sequence[Program], kinds: Sequence[Kind]) -> Slopes:
+    """The step of each kind by its program."""
+    num_cut = torch.zeros((), dtype=torch.int64, device=kinds[0].columns[0][0].device)
+    found = Slopes({}, {}, num_cut)
+    for program, kind in zip(programs, kinds, strict=True):
+        for pack in _packs(kind.columns[1]):
+            _run(program, [[kept[i] for i in pack] for kept in kind.columns], found)
+    return found
+
+
+def differentiable(step: Slopes, gradients: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+    """θ̂ as a function of the gradients, by the id of the parameter."""
+    held = {key: g for key, g in gradients.items() if g is not None}
+    slopes = [shard_like(g, step.slopes[key]) for key, g in held.items()]
+    values = [shard_like(g, step.values[key]) for key, g in held.items()]
+    moved = _Moved.apply(slopes, *held.values(), *values)  # type: ignore[no-untyped-call]
+    return dict(zip(held, moved, strict=True))
+
+
+def _cut(slope: Tensor) -> Tensor:
+    """Let what is not finite be 0, in place; how many entries that is."""
+    if slope.device.type == "cpu" and math.isfinite(slope.sum()):  # as usual; no device to wait for
+        return slope.new_zeros((), dtype=torch.int64)
+    number = torch.count_nonzero(slope - slope)  # NaN where it is not finite
+    slope.nan_to_num_(0, 0, 0)
+    return number
 
 
 class _Moved(torch.autograd.Function):
     """θ̂ as a function of the gradients, entry by entry, when it is known with its slopes."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: Sequence[Tensor | float], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, slopes: Sequence[Tensor], *tensors: Tensor) -> Any:
         ctx.slopes = slopes
         ctx.set_materialize_grads(False)
         return tensors[len(slopes) :]  # after as many gradients
@@ -76,37 +89,132 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs, rest = list(zip(cotangents, ctx.slopes, strict=True)), [None] * len(cotangents)
-        there = [c for c in cotangents if c is not None]
-        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
-        if len(there) == len(pairs) and (numbers or all(map(_is_like, ctx.slopes, there))):
-            return None, *torch._foreach_mul(there, ctx.slopes), *rest
+        if all(c is not None and c.dtype == slope.dtype for c, slope in pairs):
+            return None, *torch._foreach_mul(cotangents, ctx.slopes), *rest  # type: ignore[arg-type]
         return None, *(None if c is None else (c * slope).to(c.dtype) for c, slope in pairs), *rest
 
 
-def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
-    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
+def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -> None:
+    """Of parameters that go through as one, θ̂ and slopes to what is found."""
+    members = columns[1]
+    like = list(map(local, members))
+    inputs = [joined([local(tensor.detach()) for tensor in kept]) for kept in columns]
+    value, slope = torch.empty_like(inputs[1]), torch.empty_like(inputs[1])
+    blocks: list[Sequence[Tensor]] = [[tensor] for tensor in (*inputs, value, slope)]
+    if value.is_contiguous() and like[0].dim():
+        size, ones = _size_on(value.device), [1] * (like[0].dim() - 1)  # some ask for the dimension
+        blocks = [[whole.reshape(-1, *ones)] for (whole,) in blocks]
+        if value.numel() > size:
+            blocks = [whole.split(size) for (whole,) in blocks]
+    for *given, to_value, to_slope in zip(*blocks, strict=True):
+        new, moved = program(given)
+        to_value.copy_(new)
+        if moved.entries is not None:
+            torch.mul(moved.entries.expand_as(to_slope), moved.scale, out=to_slope)
+            found.num_cut.add_(_cut(to_slope).to(found.num_cut.device))
+    if moved.entries is None:
+        slope = slope.new_full((), moved.scale).expand_as(slope)
+    for kept, whole in ((found.values, value), (found.slopes, slope)):
+        kept.update(zip(map(id, members), parted(whole, like), strict=True))
 
 
-SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
+def _size_on(device: torch.device) -> int:
+    return _BLOCK * torch.get_num_threads() if device.type == "cpu" else _LARGE_BLOCK
 
 
-def together(tensors: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Which go through operations as one: small ones that have come equally far."""
+def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Which go through as one: those that fill a block together, or one alone."""
+    size = _size_on(members[0].device)
+    sizes = [p.numel() if p.is_contiguous() else size for p in map(local, members)]
+    pack: list[int] = []
+    filled = 0
+    for i in sorted(range(len(members)), key=lambda i: sizes[i]):
+        if pack and filled + sizes[i] > size:
+            yield pack
+            pack, filled = [], 0
+        pack.append(i)
+        filled += sizes[i]
+    yield pack
+
+
+def kinds_of(
+    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], is_known: bool
+) -> list[Kind] | None:
+    """Those that have a gradient.
+
+    None where the optimizer holds more than entries and numbers, unless it is known to use no more.
+    """
+    held = {} if is_known else vars(optimizer)
+    if not all(_is_number(value) for name, value in held.items() if name not in _PARTS):
+        return None
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for number, group in enumerate(optimizer.param_groups):
+        settings = (value for name, value in group.items() if name not in _PARTS)
+        if not is_known and (group.get("fused") or not all(map(_is_number, settings))):
+            return None
+        for p in group["params"]:
+            if gradients.get(id(p)) is None:
+                continue
+            like = _like(p, optimizer.state.get(p, {}), is_known)
+            if like is None or (vars(p) and not is_known):
+                return None
+            alike[(number, *like)].append(p)
+    kinds = []
+    for (number, *_), members in alike.items():
+        states = [optimizer.state.get(p, {}) for p in members]
+        shape = members[0].shape
+        names = [n for n, v in states[0].items() if isinstance(v, Tensor) and v.shape == shape]
+        given = [g for p in members if (g := gradients[id(p)]) is not None]
+        moments = [[state[name] for state in states] for name in names]
+        kinds.append(Kind(number, names, [given, members, *moments]))
+    return kinds
+
+
+_PARTS = ("param_groups", "state", "params", "param_names", "step")
+
+
+def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...] | None:
+    """What those that go as one have alike; None if the state is not of entries and numbers."""
+    if p.is_complex():
+        return None
+    # A step that is not known may ask for the dimension.
+    found: list[Any] = [is_known or p.dim() or id(p), p.dtype, p.device, p.requires_grad]
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            if not _is_number(value):
+                return None
+            found.append((name, str(value)))
+        elif value.shape == p.shape and p.dim():
+            found.append((name, value.dtype))
+        elif value.dim():
+            return None
+        else:
+            on_device = value.device.type != "cpu"
+            found.append((name, id(value) if on_device else value.item()))
+    return tuple(found)
+
+
+def _is_number(value: Any) -> bool:
+    """Or of numbers: the same for all entries."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_number(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_number, value))
+    if isinstance(value, Tensor):
+        return not value.dim() and not value.requires_grad
+    return value is None or isinstance(value, _NUMBERS)
+
+
+_NUMBERS = (bool, int, float, str, torch.dtype, torch.device, FunctionType, MethodType, type)
+
+
+def together(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Which go through operations as one: small ones that are alike."""
     found: dict[Any, list[int]] = defaultdict(list)
-    for i, (p, state) in enumerate(zip(tensors, states, strict=True)):
-        count, small = _count(state), p.numel() <= SMALL and p.is_contiguous()
-        moments = [name for name, value in state.items() if isinstance(value, Tensor)]
-        like = (count, p.device, p.dtype, *moments) if small and type(count) is float else i
-        found[like].append(i)
+    for i, tensor in enumerate(tensors):
+        is_small = tensor.numel() <= _SMALL and tensor.is_contiguous()
+        found[(tensor.device, tensor.dtype) if is_small else i].append(i)
     return list(found.values())
-
-
-def _count(state: dict[str, Any]) -> Count:
-    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
-    step = state.get("step", 0)
-    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
-    # In float64: β**count would otherwise be rounded to float32.
-    return (step.double() if on_device else float(step)) + 1
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -119,15 +227,5 @@ def parted(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The other way."""
     if len(like) == 1:
         return [whole]
-    parts = whole.split([tensor.numel() for tensor in like])
+    parts = whole.split_with_sizes([tensor.numel() for tensor in like])
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _is_decoupled(optimizer: optim.Optimizer, group: Group) -> bool:
-    return type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
-
-
-def _descent(group: Group, p: Tensor, g: Tensor, decay: float) -> Tensor:
-    """What the rule descends along: the gradient, with the weight decay that is coupled to it."""
-    d = -g if group.get("maximize") else g
-    return d.add(p, alpha=decay) if decay else d

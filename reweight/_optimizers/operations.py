@@ -1,9 +1,9 @@
 """Operations: what their schemas say, and what they come to without writing anything."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymFloat, Tensor
@@ -163,6 +163,26 @@ def results_of(
     func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any], tracked: bool
 ) -> Any:
     """What an operation returns, or would write."""
+    results = _computed(func, op, values, named, tracked)
+    if not op.written:
+        return results
+    olds = tensors_in(named[name] if name in named else values[i] for i, name in op.written)
+    return [
+        _as_kept(new, old, op.is_out) for new, old in zip(tensors_in([results]), olds, strict=True)
+    ]
+
+
+def _as_kept(new: Tensor, old: Tensor, is_out: bool) -> Tensor:
+    """As what it is written to can hold it."""
+    if new.dtype != old.dtype or new.device != old.device:
+        new = new.to(old.device, old.dtype)
+    # What is only written to gets the shape of what it is given.
+    return new if is_out or new.shape == old.shape else new.expand_as(old)
+
+
+def _computed(
+    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any], tracked: bool
+) -> Any:
     if op.is_list:
         results = one_by_one(op.name, values, named)
         if op.written and results[0].dtype in LOW:  # where x.mul_(0.3) rounds unlike x · 0.3
@@ -194,6 +214,48 @@ def _in_place(
         place[key] = each(torch.clone, place[key])  # type: ignore[index]
     func(*values, **named)
     return [named[name] if name in named else values[i] for i, name in op.written]
+
+
+class Call(NamedTuple):
+    """An operation on values, and what came of it."""
+
+    func: OpOverload
+    op: Operation
+    values: list[Any]
+    named: dict[str, Any]
+    results: list[Tensor]
+
+    def with_values(self, put: Callable[[Any], Any]) -> "Call":
+        """Of what is put in place of each value."""
+        values = [each(put, value) for value in self.values]
+        named = {name: each(put, value) for name, value in self.named.items()}
+        return self._replace(values=values, named=named)
+
+    @property
+    def arguments(self) -> list[Any]:
+        """All of them."""
+        return [*self.values, *self.named.values()]
+
+    def again(self) -> list[Tensor]:
+        """The results of the values that it has now."""
+        tracked = torch.is_grad_enabled()
+        return tensors_in([results_of(self.func, self.op, self.values, self.named, tracked)])
+
+
+def calls_of(
+    func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any], results: Any
+) -> Iterator[Call]:
+    """One operation, or, of one on lists, one for each row."""
+    if not op.is_list:
+        yield Call(func, op, values, named, tensors_in([results]))
+        return
+    for i, result in enumerate(results):
+        row = [_row(value, i) for value in values]
+        yield Call(func, op, row, {n: _row(value, i) for n, value in named.items()}, [result])
+
+
+def _row(value: Any, i: int) -> Any:
+    return [value[i]] if isinstance(value, list | tuple) else value
 
 
 def results_with_numbers(

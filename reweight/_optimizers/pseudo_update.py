@@ -5,7 +5,6 @@ them. What ``rules`` lacks is recorded as it runs, and an optimizer of torchopt 
 """
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 import torchopt
@@ -18,8 +17,8 @@ from reweight._optimizers.accepted import (
     PseudoUpdate,
     groups_of,
 )
-from reweight._optimizers.entries import by_rule
-from reweight._optimizers.rules import RULES, Group
+from reweight._optimizers.entries import differentiable
+from reweight._optimizers.rules import RULES, Group, by_rule
 
 
 def pseudo_update(
@@ -56,21 +55,19 @@ def pseudo_update(
             [names[id(p)] for p in group["params"] if id(p) in names]
             for group in groups_of(optimizer)
         ]
-        if exactness == "exact" and _is_recorded(optimizer):
+        if exactness == "exact" and isinstance(optimizer, optim.Optimizer):
             # As a whole, for groups may depend on each other.
             own = {name: gradients.get(name) for held in groups for name in held}
             if any(gradient is not None for gradient in own.values()):
                 by_id = {id(parameters[name]): gradient for name, gradient in own.items()}
-                from reweight._optimizers.recorded_update import by_recording  # rarely needed
-
-                moved = by_recording(optimizer, by_id, num_zero_moments)
+                moved = _by_own_step(optimizer, by_id, num_zero_moments)
                 updated.update((names[key], parameter) for key, parameter in moved.items())
             continue
         for index, (group, held) in enumerate(zip(groups_of(optimizer), groups, strict=True)):
             held = [name for name in held if name in gradients]
             if held:
                 there = [parameters[name] for name in held], [gradients[name] for name in held]
-                new, num_zero = _by_group(optimizer, index, group, exactness, *there)
+                new, num_zero = _by_group(optimizer, index, group, *there)
                 updated.update(zip(held, new, strict=True))
                 num_zero_moments += num_zero
     return PseudoUpdate(given, updated, num_zero_moments)
@@ -94,27 +91,34 @@ def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def _is_recorded(optimizer: AnyOptimizer) -> TypeGuard[optim.Optimizer]:
+def _is_recorded(optimizer: optim.Optimizer) -> bool:
     """Whether there is nothing else for it than its own step. A subclass may do anything in it."""
-    if isinstance(optimizer, torchopt.Optimizer):
-        return False
     return type(optimizer) not in RULES or any(g.get("amsgrad") for g in optimizer.param_groups)
+
+
+def _by_own_step(
+    optimizer: optim.Optimizer, gradients: dict[int, Tensor | None], num_zero_moments: Tensor
+) -> dict[int, Tensor]:
+    if _is_recorded(optimizer):
+        from reweight._optimizers.recorded_update import by_recording  # rarely needed
+
+        return by_recording(optimizer, gradients, num_zero_moments)
+    step = by_rule(optimizer, gradients)
+    num_zero_moments += step.num_cut.to(num_zero_moments.device)
+    return differentiable(step, gradients)
 
 
 def _by_group(
     optimizer: AnyOptimizer,
     index: int,
     group: Group,
-    exactness: Exactness,
     parameters: list[Tensor],
     gradients: list[Tensor],
 ) -> tuple[list[Tensor], Tensor | int]:
-    """One group, where the others play no part."""
-    if exactness == "gradient_descent":
-        rate = -group["lr"] if group.get("maximize") else group["lr"]
-        return [p - rate * g for p, g in zip(parameters, gradients, strict=True)], 0
+    """One group, where the others play no part: of torchopt, or a plain step of any other."""
     if isinstance(optimizer, torchopt.Optimizer):
         from reweight._optimizers.torchopt_update import by_torchopt
 
         return by_torchopt(optimizer, index, parameters, gradients)
-    return by_rule(optimizer, group, parameters, gradients)
+    rate = -group["lr"] if group.get("maximize") else group["lr"]
+    return [p - rate * g for p, g in zip(parameters, gradients, strict=True)], 0

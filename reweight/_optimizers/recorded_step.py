@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.operations import LOW, valued
+from reweight._optimizers.operations import LOW, Call, valued
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.twin import twin
 
@@ -47,7 +47,10 @@ USUAL = How()
 
 
 def recorded_step(
-    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], how: How = USUAL
+    optimizer: optim.Optimizer,
+    gradients: Mapping[int, Tensor | None],
+    how: How = USUAL,
+    calls: list[Call] | None = None,
 ) -> RecordedStep:
     """What the parameters would be after the next step, which is not taken.
 
@@ -59,10 +62,11 @@ def recorded_step(
         optimizer: nothing of it changes.
         gradients: by the id of the parameter; None for none. One that is not named has its own.
         how: what the class bears.
+        calls: gets the operations of a step that goes entry by entry.
     """
     is_low = any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
     wide = torch.float32 if how.widened and not is_low else None
-    first = record(optimizer, gradients, wide, how.keeps_numbers)
+    first = record(optimizer, gradients, wide, how.keeps_numbers, calls=calls)
     fused = any(group.get("fused") for group in optimizer.param_groups)
     if not (fused or first.recorder.is_widened):
         return first
@@ -81,6 +85,7 @@ def record(
     *,
     unfused: bool = True,
     default_dtype: torch.dtype | None = None,
+    calls: list[Call] | None = None,
 ) -> RecordedStep:
     """A step that computes in that precision where it asks for a lower one."""
     new = twin(optimizer, gradients, lambda tensor: tensor.data)
@@ -88,6 +93,7 @@ def record(
         if unfused and group.get("fused"):
             group["fused"] = False
     recorder = Recorder(wide, keeps_numbers)
+    recorder.calls = calls
     for key, gradient in gradients.items():
         held = new.parameters[key].grad
         if held is not None and gradient is not None:

@@ -1,5 +1,6 @@
 """The next step of an optimizer of any class: recorded, and verified where it is used first."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
-from reweight._optimizers.entries import joined, moved, parted, together
-from reweight._optimizers.recorded_entries import Slopes, entry_by_entry
+from reweight._optimizers.entries import differentiable, joined, parted, together
+from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.verification import kinds, verify
 from reweight._ranks.collectives import local
@@ -49,7 +50,8 @@ def by_recording(
             known = _Verified(known.kind, known.kinds | (found if moved_at_all else set()), how)
             _verified[optimizer] = known
         if known.how.by_entries and (step := entry_by_entry(optimizer, gradients, known.how)):
-            return _by_slopes(step, gradients, num_cut)
+            num_cut += step.num_cut.to(num_cut.device)
+            return differentiable(step, gradients)
         tracked = {key: g for key, g in gradients.items() if g is not None and g.requires_grad}
         is_finite = torch.ones_like(num_cut, dtype=torch.bool)
         cut = _Cut.apply(is_finite, num_cut, *tracked.values())  # type: ignore[no-untyped-call]
@@ -65,27 +67,6 @@ def by_recording(
         )
         parameters = dict(zip(parameters, looked, strict=True))
     return parameters
-
-
-def _by_slopes(
-    step: Slopes, gradients: Mapping[int, Tensor | None], num_cut: Tensor
-) -> dict[int, Tensor]:
-    """θ̂ of values and slopes; slopes that are not finite become 0, and are counted."""
-    held = {key: g for key, g in gradients.items() if g is not None}
-    slopes: dict[int, Tensor] = {}
-    keys, each = list(step.slopes), list(step.slopes.values())
-    for members in together(each, [{}] * len(each)):
-        parts = [each[i] for i in members]
-        whole = joined(parts)
-        num_cut += torch.count_nonzero(whole - whole).to(num_cut.device)  # NaN where not finite
-        finite = parted(whole.nan_to_num(0, 0, 0), parts)
-        slopes.update((keys[i], part) for i, part in zip(members, finite, strict=True))
-    found = moved(
-        list(held.values()),
-        [shard_like(g, step.values[key]) for key, g in held.items()],
-        [shard_like(g, slopes[key]) for key, g in held.items()],
-    )
-    return dict(zip(held, found, strict=True))
 
 
 class _Cut(torch.autograd.Function):
@@ -106,9 +87,11 @@ class _Cut(torch.autograd.Function):
         pairs = zip(derivatives, ctx.gradients, strict=True)
         slopes = [torch.zeros_like(g) if slope is None else slope for slope, g in pairs]
         number = torch.zeros_like(ctx.num_cut)
-        for members in together(slopes, [{}] * len(slopes)):
+        for members in together(slopes):
             parts = [local(slopes[i]) for i in members]
             part = joined(parts)
+            if part.device.type == "cpu" and math.isfinite(part.sum()):  # as usual, in one pass
+                continue
             bad = (part * 0).ne(0) & ctx.is_finite.to(part.device)  # ∞ · 0 is NaN
             number += bad.count_nonzero().to(number.device)
             for i, new in zip(members, parted(torch.where(bad, 0, part), parts), strict=True):

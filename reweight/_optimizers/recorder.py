@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reweight._optimizers.operations import (
     LOW,
     SIGNS,
+    Call,
     Operation,
     aten,
+    calls_of,
     each,
     has_derivative,
     leaves,
@@ -56,12 +58,14 @@ class Recorder(TorchDispatchMode):
         lost: operations that have no derivative, of what depends on the gradient.
         is_widened: whether the step asked for a lower type than ``wide``.
         is_entrywise: whether what becomes of an entry depends on no other.
+        calls: what it was computed by, in order, while it is entrywise; None to keep none.
     """
 
     def __init__(self, wide: torch.dtype | None = None, keeps_numbers: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_constants = self.is_widened = False
         self.is_entrywise = True
+        self.calls: list[Call] | None = None
         self.signs: set[str] = set()
         self.lost: set[str] = set()
         self._wide, self._keeps_numbers = wide, keeps_numbers
@@ -148,19 +152,20 @@ class Recorder(TorchDispatchMode):
         tracked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
         if any(type(value) is SymFloat for value in given):
             results, tracked = results_with_numbers(func, op, values, named), True
+            self.is_entrywise = False
         else:
             results = results_of(func, op, values, named, tracked)
+        if self.calls is not None and self.is_entrywise:
+            self.calls += calls_of(func, op, values, named, results)
         if tracked:
             self._note(func, op, results)
         if not op.written:
             return self._bound(results)
-        for old, new in zip(tensors_in(olds), tensors_in([results]), strict=True):
-            if old.shape != new.shape and op.is_out:  # which gets the shape of what it is given
+        for old, new in zip(tensors_in(olds), results, strict=True):
+            if old.shape != new.shape:  # of an operation that only writes there
                 memory = torch.empty_like(new).untyped_storage()
                 old.set_(memory, 0, new.shape, new.stride())
-            if new.dtype != old.dtype or new.device != old.device:
-                new = new.to(old.device, old.dtype)
-            self.write(old, new if new.shape == old.shape else new.expand_as(old))
+            self.write(old, new)
         return (olds[0] if len(olds) == 1 else tuple(olds)) if func._schema.returns else None
 
     def _note(self, func: OpOverload, op: Operation, results: Any) -> None:

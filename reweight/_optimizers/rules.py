@@ -1,4 +1,8 @@
-"""How each optimizer of torch.optim turns a descent d into a step s, so that θ̂ = θ − α·s.
+"""How some optimizers of torch.optim turn a descent d into a step s, so that θ̂ = θ − α·s.
+
+They are the most used, and two whose own step has another derivative than it should: RAdam with
+foreach divides by 0 in its first steps, and that of Adamax is 1/ε where nothing has ever moved. All
+others are recorded.
 
 Every rule works entry by entry, so ∂s/∂d is one number for each entry: its slope, which is computed
 along with the step. Where there is no derivative (a root at 0, |d| at 0) it is not finite. A rule
@@ -6,17 +10,32 @@ takes the param group, the moments of the parameter (none before its first step)
 is, and d; it changes none of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, optim
+
+from reweight._optimizers.entries import Kind, Program, Slopes, kinds_of, taken
+from reweight._optimizers.slopes import Slope
 
 Group: TypeAlias = dict[str, Any]
 Moments: TypeAlias = Mapping[str, Tensor]
 Count: TypeAlias = float | Tensor
 Step: TypeAlias = tuple[Tensor, Tensor | float]
 Rule: TypeAlias = Callable[[Group, Moments, Count, Tensor], Step]
+
+
+def by_rule(optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None]) -> Slopes:
+    """The next step and its slopes.
+
+    Args:
+        optimizer: of a class that there is a rule for; nothing of it changes.
+        gradients: by the id of the parameter; None for none.
+    """
+    kinds = kinds_of(optimizer, gradients, is_known=True)
+    assert kinds is not None
+    return taken([_program(optimizer, kind) for kind in kinds], kinds)
 
 
 def sgd(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
@@ -41,39 +60,6 @@ def adam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     # ∂s/∂d = (first·(1−β₁) − s·∂√n̂/∂d) / (√n̂ + ε), with ∂√n̂/∂d = second·(1−β₂)·d / √n̂
     bend = torch.div(d, root, out=root).mul_(step).mul_(-second * (1 - beta2))
     return step, bend.add_(first * (1 - beta1)).mul_(scale)
-
-
-def rmsprop(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """RMSprop: b = μb + d / (r + ε) with r² = αn + (1−α)d², centered less the mean of d squared."""
-    alpha, momentum = group["alpha"], group["momentum"]
-    second = _mean(moments.get("square_avg"), d * d, alpha)
-    distance = d
-    if group["centered"]:
-        mean = _mean(moments.get("grad_avg"), d, alpha)
-        second, distance = second - mean * mean, d - mean
-    root = second.sqrt()
-    scale = 1 / (root + group["eps"])
-    step = d * scale
-    slope = scale * (1 - step * (1 - alpha) * distance / root)
-    before = moments.get("momentum_buffer") if momentum > 0 else None
-    return (step if before is None else _sum(momentum, before, 1, step)), slope
-
-
-def adagrad(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """Adagrad: n = n + d², s = d / (√n + ε) / (1 + (t−1)·lr_decay)."""
-    root = moments["sum"].addcmul(d, d).sqrt_()
-    scale = 1 / (root + group["eps"])
-    slope = scale * (1 - d * d * scale / root)
-    late = 1 / (1 + (count - 1) * group["lr_decay"])
-    return late * d * scale, late * slope
-
-
-def adadelta(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
-    """Adadelta: n = ρn + (1−ρ)d², s = d · √(a + ε) / √(n + ε), with a the mean of s²."""
-    rho, eps = group["rho"], group["eps"]
-    second = _mean(moments.get("square_avg"), d * d, rho) + eps
-    scale = (moments.get("acc_delta", torch.zeros_like(d)) + eps).div_(second).sqrt_()
-    return d * scale, scale * (1 - (1 - rho) * d * d / second)
 
 
 def radam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
@@ -108,9 +94,6 @@ RULES: dict[type[optim.Optimizer], Rule] = {
     optim.SGD: sgd,
     optim.Adam: adam,
     optim.AdamW: adam,
-    optim.RMSprop: rmsprop,
-    optim.Adagrad: adagrad,
-    optim.Adadelta: adadelta,
     optim.RAdam: radam,
     optim.Adamax: adamax,
 }
@@ -123,3 +106,32 @@ def _mean(moment: Tensor | None, new: Tensor, decay: float) -> Tensor:
 
 def _sum(decay: float, moment: Tensor, share: float, new: Tensor) -> Tensor:
     return (decay * moment).add_(new, alpha=share)
+
+
+def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
+    """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
+    group, rule = optimizer.param_groups[kind.group], RULES[type(optimizer)]
+    count = _count(optimizer.state.get(kind.columns[1][0], {}))
+    lr, decay = group["lr"], group.get("weight_decay", 0)
+    decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
+
+    @torch.no_grad()
+    def program(inputs: Sequence[Tensor]) -> tuple[Tensor, Slope]:
+        g, p, *moments = inputs
+        d = -g if group.get("maximize") else g
+        if decay and not decoupled:
+            d = d.add(p, alpha=decay)
+        start = p * (1 - lr * decay) if decoupled and decay else p
+        step, slope = rule(group, dict(zip(kind.names, moments, strict=True)), count, d)
+        moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
+        return moved, Slope(1.0) * slope * (lr if group.get("maximize") else -lr)
+
+    return program
+
+
+def _count(state: Mapping[str, Any]) -> Count:
+    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
+    step = state.get("step", 0)
+    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
+    # In float64: β**count would otherwise be rounded to float32.
+    return (step.double() if on_device else float(step)) + 1

@@ -52,7 +52,7 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
     how, ahead = _first_that_runs(few, leaves)
     moved = False
     for p in (p for group in few.param_groups for p in group["params"]):
-        if id(p) not in ahead.parameters:
+        if id(p) not in ahead.parameters or not p.numel():
             continue
         new, real = whole(ahead.parameters[id(p)].detach()), whole(own[id(p)])
         step = (real - whole(p.detach())).abs().max().item()

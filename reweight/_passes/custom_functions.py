@@ -38,14 +38,18 @@ def applied_by(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs."""
+    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs.
+
+    It runs without tangents where it runs without gradients.
+    """
     kinds: list[Any] = [torch._C.ScriptFunction, torch._C.ScriptMethod]
     calls = [kind.__call__ for kind in kinds]
 
     def looked_at(call: Any) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             look(tensors_in(args, kwargs))
-            return call(self, *args, **kwargs)
+            with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+                return call(self, *args, **kwargs)
 
         return run
 

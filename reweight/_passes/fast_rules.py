@@ -78,30 +78,41 @@ def _leaf(value: Tensor | None, tangent: Tensor | None) -> Any:
 
 
 def _bilinear(product: Callable[..., Tensor]) -> Rule:
-    def rule(known: Tensor, input: Any, other: Any) -> Tensor | None:
+    def rule(known: Tensor | None, input: Any, other: Any) -> Tensor | None:
         (x, dx), (y, dy) = map(_parts, (input, other))
         if dx is not None and dy is not None:
+            if known is None:
+                return None
             return fitting(known, product(dx, y).add_(product(x, dy)))
-        return fitting(known, product(x, dy) if dx is None else product(dx, y))
+        value = product(x, y) if known is None else known
+        return fitting(value, product(x, dy) if dx is None else product(dx, y))
 
     return rule
 
 
-def _divided(known: Tensor, input: Any, other: Any, *, rounding_mode: Any = None) -> Tensor | None:
-    (_, dx), (y, dy) = map(_parts, (input, other))
-    if dx is None or dy is not None or rounding_mode is not None:
+def _divided(
+    known: Tensor | None, input: Any, other: Any, *, rounding_mode: Any = None
+) -> Tensor | None:
+    (x, dx), (y, dy) = map(_parts, (input, other))
+    if rounding_mode is not None or (dx is not None and dy is not None):
         return None
-    return fitting(known, dx / y)
+    value = x / y if known is None else known
+    return fitting(value, dx / y if dy is None else -dy * (value / y))
 
 
 def _added(sign: int) -> Rule:
-    def rule(known: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
-        (_, dx), (_, dy) = map(_parts, (input, other))
+    def rule(known: Tensor | None, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+        (x, dx), (y, dy) = map(_parts, (input, other))
         if dx is not None and dy is not None:
+            if known is None:
+                return None
             return fitting(known, torch.add(dx, dy, alpha=sign * alpha))
+        value = known
+        if value is None:
+            value = torch.add(x, y, alpha=alpha) if sign > 0 else torch.sub(x, y, alpha=alpha)
         if dy is None:
-            return fitting(known, dx.expand(known.shape).clone())
-        return fitting(known, dy.expand(known.shape) * (sign * alpha))
+            return fitting(value, dx.expand(value.shape).clone())
+        return fitting(value, dy.expand(value.shape) * (sign * alpha))
 
     return rule
 
@@ -186,18 +197,23 @@ PRODUCTS: tuple[Callable[..., Tensor], ...] = (
 _threshold = partial(aten.threshold_backward, threshold=0)
 FAST_RULES: dict[Callable[..., Any], Rule] = {
     **{product: product_rule(product) for product in PRODUCTS},
+    # PyTorch takes a tensor of zeros for the tangent of a constant, at half a millisecond each.
+    **dict.fromkeys(_named("add"), _added(1)),
+    **dict.fromkeys(_named("sub", "subtract"), _added(-1)),
+    **dict.fromkeys(_named("mul", "multiply"), _bilinear(torch.mul)),
+    **dict.fromkeys(_named("div", "divide", "true_divide"), _divided),
+    Tensor.__rdiv__: lambda known, input, other: _divided(known, other, input),
     **dict.fromkeys(_named("softmax"), _softmax),
     F.embedding: _embedding,
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm,
     F.scaled_dot_product_attention: attention,
 }
-OF_TANGENTS: dict[Callable[..., Any], Rule] = {
+OF_KNOWN: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(_named("relu"), _by_output(_threshold)),
     **dict.fromkeys(_named("tanh"), _by_output(aten.tanh_backward)),
     **dict.fromkeys(_named("sigmoid"), _by_output(aten.sigmoid_backward)),
-    **dict.fromkeys(_named("add"), _added(1)),
-    **dict.fromkeys(_named("sub"), _added(-1)),
+    **{product: _bilinear(product) for product in _named("matmul", "mm", "bmm")},
     **{
         func: _linear(func)
         for func in _named(
@@ -205,16 +221,16 @@ OF_TANGENTS: dict[Callable[..., Any], Rule] = {
             *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "float", "to"),
         )
     },
-}
-"""Where it takes nothing of the arguments but their tangents, if the value is known."""
-OF_KNOWN: dict[Callable[..., Any], Rule] = {
-    **OF_TANGENTS,
-    **dict.fromkeys(_named("div"), _divided),
-    **{product: _bilinear(product) for product in _named("mul", "matmul", "mm", "bmm")},
     F.gelu: _gelu,
     F.silu: _silu,
 }
 """Where PyTorch's forward mode is as good unless the value is known."""
+OF_TANGENTS = (OF_KNOWN.keys() | _named("add", "sub", "subtract")) - {
+    *_named("matmul", "mm", "bmm"),
+    F.gelu,
+    F.silu,
+}
+"""What takes nothing of its arguments but their tangents, if the value is known."""
 VIEWS = set(
     _named(
         *("view", "view_as", "reshape", "flatten", "unflatten", "contiguous", "expand", "narrow"),

@@ -54,6 +54,7 @@ class _ForwardMode(TangentsWithGradients):
             **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},
             **{func: partial(ladder.gradient, func) for func in GRADIENTS},
             F.multi_head_attention_forward: self._attention_layer,
+            F.dropout: self._dropout,
             **ladder.handlers(),
         }
 
@@ -108,7 +109,7 @@ class _ForwardMode(TangentsWithGradients):
             pass
         elif func is F.dropout:
             result = self._dropout(*args, **kwargs)
-        elif func in OF_TANGENTS:
+        elif func in OF_TANGENTS and self._recall and self._recall.value(call) is not None:
             result = self._by_rule(func, args, kwargs, call)
         if result is not None:
             return result
@@ -121,11 +122,14 @@ class _ForwardMode(TangentsWithGradients):
     def _dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor | None:
-        """The same draw; the value is put off as that of the input is."""
+        """The same draw, once for value and tangent; a value that waits goes on waiting."""
         if p == 0 or not training:
             return input
         x, dx = unpack(input)
-        if dx is None or inplace:
+        waits = self.deferred.among([x])
+        # On a GPU it is one kernel, with which PyTorch's forward mode has no trouble.
+        has_kernel = input.device.type != "cpu" and not waits
+        if dx is None or inplace or has_kernel or not _is_constant(input):
             return None
         factors: Tensor = F.dropout(torch.ones_like(x), p)
 
@@ -134,7 +138,8 @@ class _ForwardMode(TangentsWithGradients):
             return factors.mul(x)
 
         tangent = dx * factors
-        return dual(self.deferred.put_off(tangent, [x, factors], compute), tangent)
+        value = self.deferred.put_off(tangent, [x, factors], compute) if waits else compute()
+        return dual(value, tangent)
 
     def apply(self, function: Any, apply: Callable[..., Any], args: Any) -> Any:
         """Apply a custom Function to dual numbers."""
@@ -143,10 +148,12 @@ class _ForwardMode(TangentsWithGradients):
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, call: Call | None) -> Any:
         rule = FAST_RULES.get(func)
-        if self._recall is None and (rule is None or _is_small_product(func, args)):
+        if self._recall is None and rule is None:
             return None
         tensors = tensors_in(args, kwargs)
-        if not (all(map(_is_constant, tensors)) and have_tangents(tensors)):
+        if "out" in kwargs or not (all(map(_is_constant, tensors)) and have_tangents(tensors)):
+            return None
+        if self._recall is None and func is F.linear and _is_small_layer(*tensors[:2]):
             return None
         value = None if self._recall is None else self._recall.value(call)
         if rule is not None:
@@ -180,8 +187,9 @@ def _is_constant(tensor: Tensor | None) -> bool:
     return is_plain(tensor) and (tensor is None or not tensor.requires_grad)
 
 
-def _is_small_product(func: Any, args: Any) -> bool:
-    return func in PRODUCTS and not any(map(is_large, args[:1]))
+def _is_small_layer(input: Tensor, weight: Tensor, *_: Tensor) -> bool:
+    """Where PyTorch's forward mode costs less than a rule in Python."""
+    return not is_large(input) and have_tangents([weight])
 
 
 @contextmanager

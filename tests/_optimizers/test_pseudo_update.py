@@ -166,6 +166,16 @@ def test_zero_gradient_and_moment_have_derivative_zero_and_are_counted(name, opt
     assert derivative[2] != 0
 
 
+def test_radam_with_foreach_has_a_derivative_in_its_first_steps() -> None:
+    """Its own step divides by 0 then, so that what is recorded of it has none."""
+    parameter = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.RAdam([parameter], lr=0.1, foreach=True)
+    gradient = torch.tensor([0.2, -0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    moved = pseudo_update([optimizer], {"p": parameter}, {"p": gradient}).parameters["p"]
+    (derivative,) = torch.autograd.grad(moved.sum(), gradient)  # θ̂ = θ − 0.1 · g at first
+    torch.testing.assert_close(derivative, torch.full_like(gradient, -0.1), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (100, 100)])
 @pytest.mark.parametrize("rule", ["adam", "adamw_tensor_lr", "sgd_tensor_lr", "rmsprop"])
 def test_no_slope_in_any_shape_makes_nan(rule: str, shape: tuple[int, ...]) -> None:

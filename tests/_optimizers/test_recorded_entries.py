@@ -38,7 +38,8 @@ def test_values_and_slopes_are_those_of_each_alone(name: str, foreach: bool, dty
     slopes = torch.autograd.grad(sum(m.sum() for m in moved.values()), list(leaves.values()))
     for key, slope in zip(leaves, slopes, strict=True):
         assert torch.equal(found.values[key], moved[key])
-        assert torch.equal(found.slopes[key], slope)
+        off = (found.slopes[key] - slope).norm()  # it rounds in another order
+        assert off <= 16 * torch.finfo(dtype).eps * slope.norm()
 
 
 def test_parameters_of_different_age_and_large_ones_go_apart() -> None:

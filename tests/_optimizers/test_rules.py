@@ -12,9 +12,6 @@ OPTIONS = {
     optim.SGD: [{"lr": 1.0}, {"lr": 1.0, "momentum": 0.9, "dampening": 0.2}],
     optim.Adam: [{}, {"betas": (0.8, 0.9), "eps": 1e-3}],
     optim.AdamW: [{"weight_decay": 0.0}],
-    optim.RMSprop: [{}, {"centered": True}, {"momentum": 0.9}],
-    optim.Adagrad: [{}, {"lr_decay": 0.1}],
-    optim.Adadelta: [{}],
     optim.RAdam: [{}, {"betas": (0.5, 0.999)}],
     optim.Adamax: [{}],
 }

@@ -165,11 +165,14 @@ def test_the_benchmark_counts_answers_unlike_the_simulation(monkeypatch) -> None
 def test_every_block_of_the_page_runs(tmp_path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "early_exit.md").read_text()
     torch.manual_seed(0)
-    shape = (1, 28, 28)
+    shape = (1, 16, 16)
     scope = {
         **{name: getattr(reweight, name) for name in reweight.__all__},
         "torch": torch,
-        "MSDNet": partial(MSDNet, channels=4, growth=4),  # small: it is compiled for each exit
+        # Small, of two scales: it is traced for each exit.
+        "MSDNet": partial(
+            MSDNet, channels=4, growth=4, growth_factors=(1, 2), bottleneck_factors=(1, 2)
+        ),
         "answer": answer,
         "export_exits": export.export_exits,
         "loader": [(torch.randn(16, *shape), torch.randint(10, (16,)))] * 2,

@@ -22,7 +22,7 @@ from reweight import SampleReweighter
 
 SCRIPT = Path(train.__file__)
 SETTINGS = [
-    *("--data", "digits", "--train-size", "256", "--model", "mlp"),
+    *("--data", "digits", "--train-size", "128", "--model", "mlp"),
     *("--epochs", "3", "--batch-size", "16"),
 ]
 
@@ -87,7 +87,7 @@ def test_writes_everything_that_can_be_read_back(undisturbed: Path) -> None:
     }
     results = json.loads((undisturbed / "results.json").read_text())
     assert results["settings"]["seed"] == 0
-    assert results["settings"]["train_size"] == 256
+    assert results["settings"]["train_size"] == 128
     num_exits = len(results["multiply_adds"])
     for arm in train.ARMS:
         assert len(results["arms"][arm]["anytime_accuracy"]) == num_exits
@@ -170,7 +170,7 @@ def test_two_processes_make_the_same_table(undisturbed, tmp_path) -> None:
     [
         (["--data", "cifar10", "--data-dir", "nowhere"], "cifar-10-binary.tar.gz.*--download"),
         (["--label-noise", "2"], "label_noise"),
-        (["--batch-size", "300"], "--batch-size must be at most 256"),
+        (["--batch-size", "300"], "--batch-size must be at most 128"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--form", "direct", "--interval", "3"], "--interval must be 1 for direct weights"),
         (["--data", "imagefolder", "--model", "msdnet"], "use --model conv"),
