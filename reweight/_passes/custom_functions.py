@@ -16,6 +16,7 @@ from torch.autograd.function import (
     FunctionMeta,
     _SingleLevelFunction,
 )
+from torch.utils._pytree import tree_map
 
 from reweight._passes.memory import tensors_in
 from reweight._passes.operations import dual, have_tangents, is_continuous, unpack
@@ -38,17 +39,24 @@ def applied_by(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs.
-
-    It runs without tangents where it runs without gradients.
-    """
+    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs."""
     kinds: list[Any] = [torch._C.ScriptFunction, torch._C.ScriptMethod]
     calls = [kind.__call__ for kind in kinds]
 
     def looked_at(call: Any) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             look(tensors_in(args, kwargs))
-            with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            if torch.is_grad_enabled():
+                return call(self, *args, **kwargs)
+            with torch._C.DisableTorchFunction():  # or a mode hides the tangents
+                before = RandomState((t.device for t in tensors_in(args, kwargs)), ())
+                given, named = tree_map(_with_graph, (args, kwargs))
+                with forward_ad._set_fwd_grad_enabled(False):
+                    values = call(self, *given, **named)
+                if not any(value.requires_grad for value in tensors_in([values])):
+                    return values
+                # Once it has run with gradients, it has them within no_grad as well.
+                before.restore()
                 return call(self, *args, **kwargs)
 
         return run
@@ -60,6 +68,11 @@ def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
     finally:
         for kind, call in zip(kinds, calls, strict=True):
             kind.__call__ = call
+
+
+def _with_graph(value: Any) -> Any:
+    """With a graph in place of a tangent."""
+    return unpack(value)[0].detach().requires_grad_() if have_tangents([value]) else value
 
 
 @contextmanager

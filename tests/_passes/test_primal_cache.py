@@ -242,6 +242,10 @@ class Half(nn.Module):
         return x * 0.5 + x.sigmoid()
 
 
+class OtherHalf(Half):
+    """Which has never run with gradients: PyTorch keeps what it finds out by class."""
+
+
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> float:
         return float(x.mean())
@@ -259,7 +263,11 @@ class Odd(nn.Module):
         if how.startswith("compiled"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of scripting, from 2.10 on
-                self.script = torch.jit.script(Mean() if "number" in how else Half())
+                kinds = {"compiled code, a number": Mean, "compiled code, no gradient": OtherHalf}
+                self.script = torch.jit.script(kinds.get(how, Half)())
+            if "before" in how:
+                for _ in range(2):
+                    self.script(torch.ones(2, 6, requires_grad=True).double()).sum().backward()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         hidden = self.first(x)
@@ -267,7 +275,7 @@ class Odd(nn.Module):
         match self.how:
             case "compiled code":
                 hidden = self.script(hidden)
-            case "compiled code, no gradient":
+            case "compiled code, no gradient" | "compiled code, gradients before":
                 with torch.no_grad():
                     scale = self.script(hidden)
                 hidden = hidden + scale
@@ -318,6 +326,7 @@ class Odd(nn.Module):
     [
         "compiled code",
         "compiled code, no gradient",
+        "compiled code, gradients before",
         "compiled code, a number",
         "branches by item",
         "branches by list",
