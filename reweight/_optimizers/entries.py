@@ -41,11 +41,12 @@ class Kind(NamedTuple):
 class Slopes(NamedTuple):
     """θ̂ and ∂θ̂/∂g, by the id of the parameter; the entries that are in this process.
 
-    Slopes that are not finite are 0, and ``num_cut`` counts them.
+    A slope that all entries have in common is a number. Those that are not finite are 0, and
+    ``num_cut`` counts them.
     """
 
     values: dict[int, Tensor]
-    slopes: dict[int, Tensor]
+    slopes: dict[int, Tensor | float]
     num_cut: Tensor
 
 
@@ -81,7 +82,7 @@ class _Moved(torch.autograd.Function):
     """θ̂ as a function of the gradients, entry by entry, when it is known with its slopes."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: Sequence[Tensor], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, slopes: Sequence[Tensor | float], *tensors: Tensor) -> Any:
         ctx.slopes = slopes
         ctx.set_materialize_grads(False)
         return tensors[len(slopes) :]  # after as many gradients
@@ -89,9 +90,15 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs, rest = list(zip(cotangents, ctx.slopes, strict=True)), [None] * len(cotangents)
-        if all(c is not None and c.dtype == slope.dtype for c, slope in pairs):
-            return None, *torch._foreach_mul(cotangents, ctx.slopes), *rest  # type: ignore[arg-type]
+        there = [c for c in cotangents if c is not None]
+        numbers = all(isinstance(slope, float) for slope in ctx.slopes)
+        if len(there) == len(pairs) and (numbers or all(map(_is_like, ctx.slopes, there))):
+            return None, *torch._foreach_mul(there, ctx.slopes), *rest
         return None, *(None if c is None else (c * slope).to(c.dtype) for c, slope in pairs), *rest
+
+
+def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
+    return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
 
 
 def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -> None:
@@ -112,10 +119,10 @@ def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -
         if moved.entries is not None:
             torch.mul(moved.entries.expand_as(to_slope), moved.scale, out=to_slope)
             found.num_cut.add_(_cut(to_slope).to(found.num_cut.device))
-    if moved.entries is None:
-        slope = slope.new_full((), moved.scale).expand_as(slope)
-    for kept, whole in ((found.values, value), (found.slopes, slope)):
-        kept.update(zip(map(id, members), parted(whole, like), strict=True))
+    keys, is_number = list(map(id, members)), moved.entries is None
+    found.values.update(zip(keys, parted(value, like), strict=True))
+    slopes = [moved.scale] * len(keys) if is_number else parted(slope, like)
+    found.slopes.update(zip(keys, slopes, strict=True))
 
 
 def _size_on(device: torch.device) -> int:
