@@ -53,8 +53,6 @@ class _ForwardMode(TangentsWithGradients):
         self._handlers: dict[Any, Callable[..., Any]] = {
             **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},
             **{func: partial(ladder.gradient, func) for func in GRADIENTS},
-            F.multi_head_attention_forward: self._attention_layer,
-            F.dropout: self._dropout,
             **ladder.handlers(),
         }
 
@@ -89,6 +87,11 @@ class _ForwardMode(TangentsWithGradients):
             result = None
             if func in self._handlers:
                 result = self._handlers[func](*args, **kwargs)
+            # Not among the handlers: in a cycle the values that were recalled would live on.
+            elif func is F.multi_head_attention_forward:
+                result = self._attention_layer(*args, **kwargs)
+            elif func is F.dropout:
+                result = self._dropout(*args, **kwargs)
             elif func in FAST_RULES or func in OF_KNOWN:
                 result = self._by_rule(func, args, kwargs, call)
             if result is not None:

@@ -1,5 +1,8 @@
 """The forward-mode pass: its rules are PyTorch's own, and gradients within it have tangents."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,25 @@ def test_models_get_the_rules(name: str, monkeypatch) -> None:
     outcome(model, train, meta)
     assert found
     assert all(found)
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector(recalled, monkeypatch) -> None:
+    """It holds values of the first forward."""
+    modes = []
+    enter = forward_mode._ForwardMode.__enter__
+    monkeypatch.setattr(
+        forward_mode._ForwardMode,
+        "__enter__",
+        lambda self: (modes.append(weakref.ref(self)), enter(self))[1],
+    )
+    model, _, train, meta = set_up(ROWS["nn.TransformerEncoderLayer, fused"])
+    gc.disable()
+    try:
+        outcome(model, train, meta)
+        assert recalled
+        assert [mode() for mode in modes] == [None] * len(modes)
+    finally:
+        gc.enable()
 
 
 class InnerGradient(nn.Module):
