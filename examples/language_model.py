@@ -107,7 +107,8 @@ def make_model() -> HiddenStateExits:
 
 def head_of(model: HiddenStateExits) -> Tensor:
     """The vocabulary head [V, D] that all exits share: it is the embedding."""
-    weight: Tensor = model.backbone.get_input_embeddings().weight  # type: ignore[operator]
+    backbone: Any = model.backbone
+    weight: Tensor = backbone.get_input_embeddings().weight
     return weight
 
 

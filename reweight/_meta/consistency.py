@@ -7,19 +7,17 @@ update tell, and nothing waits for the device: what they came to is read at the 
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reweight._meta.problem import Known, MetaProblem, relative_difference
 from reweight._optimizers.accepted import Parameters
+from reweight._optimizers.entries import joined, together
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import gather, local, num_ranks
 from reweight._ranks.shards import num_copies
-
-_SMALL = 1 << 14  # entries; below, it is cheaper to move them than to call an operation for each
 
 
 def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
@@ -59,16 +57,13 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
-def _dots(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _dots(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """⟨a, b⟩ of each large pair, and of all small ones as if they were one."""
-    alike = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)
-    for i, (a, b) in enumerate(pairs):
-        alike[i if a.numel() > _SMALL else (a.dtype, a.device)].append((a, b))
-    return [torch.dot(*map(_joined, zip(*each, strict=True))) for each in alike.values()]
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    some, others = zip(*pairs, strict=True)
+    return [
+        torch.dot(joined([some[i] for i in members]), joined([others[i] for i in members]))
+        for members in together(some)
+    ]
 
 
 def _norm(tensors: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A step of an optimizer that is taken or not, and can be taken back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +16,9 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = [
-            dict(optimizer.state[p]) if p in optimizer.state else None for p in self.parameters
-        ]
-        tensors = {(i, ""): p.detach() for i, p in enumerate(self.parameters)}
-        for i, state in enumerate(states):
-            found = (state or {}).items()
-            tensors |= {(i, name): value for name, value in found if isinstance(value, Tensor)}
-        copies = clones(tensors)
-        self.values = [copies[i, ""] for i in range(len(states))]
+        self.values = list(clones({i: p.detach() for i, p in enumerate(self.parameters)}).values())
         self.states = [
-            None if state is None else {n: copies.get((i, n), v) for n, v in state.items()}
-            for i, state in enumerate(states)
+            _copied(optimizer.state[p]) if p in optimizer.state else None for p in self.parameters
         ]
 
     def restore(self) -> None:
@@ -36,6 +28,11 @@ class Snapshot:
             self._optimizer.state.pop(parameter, None)
             if state is not None:
                 self._optimizer.state[parameter] = state
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {**state, **clones(tensors)}
 
 
 def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:

@@ -1,3 +1,3 @@
-"""U, the optimizer"s next step, made differentiable; these modules are for others."""
+"""U, the optimizer's next step, made differentiable; these modules are for others."""
 
-__all__ = ["accepted", "pseudo_update"]
+__all__ = ["accepted", "entries", "pseudo_update"]

@@ -210,8 +210,9 @@ def _in_place(
     """What it writes to tensors that nothing else has seen."""
     values, named = list(values), dict(named)
     for i, name in op.written:
-        place, key = (named, name) if name in named else (values, i)
-        place[key] = each(torch.clone, place[key])  # type: ignore[index]
+        key: Any = name if name in named else i
+        place: Any = named if name in named else values
+        place[key] = each(torch.clone, place[key])
     func(*values, **named)
     return [named[name] if name in named else values[i] for i, name in op.written]
 

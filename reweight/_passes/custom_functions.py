@@ -39,12 +39,19 @@ def applied_by(handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within, ``look`` gets the tensors that go to compiled TorchScript, before it runs."""
+    """Within, ``look`` gets the tensors that go to TorchScript, before it runs.
+
+    In ``torch.no_grad`` it has tangents where it has gradients: TorchScript that has run with
+    gradients has them there as well. Other threads' calls are left alone.
+    """
+    thread = threading.get_ident()
     kinds: list[Any] = [torch._C.ScriptFunction, torch._C.ScriptMethod]
     calls = [kind.__call__ for kind in kinds]
 
     def looked_at(call: Any) -> Any:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return call(self, *args, **kwargs)
             look(tensors_in(args, kwargs))
             if torch.is_grad_enabled():
                 return call(self, *args, **kwargs)
@@ -55,7 +62,6 @@ def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
                     values = call(self, *given, **named)
                 if not any(value.requires_grad for value in tensors_in([values])):
                     return values
-                # Once it has run with gradients, it has them within no_grad as well.
                 before.restore()
                 return call(self, *args, **kwargs)
 

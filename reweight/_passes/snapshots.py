@@ -151,12 +151,14 @@ def clones(tensors: Mapping[T, Tensor]) -> dict[T, Tensor]:
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each to its target, by one operation as far as they are plain."""
-    pairs = list(zip(targets, sources, strict=True))
-    plain = [(target, source) for target, source in pairs if is_plain(target) and is_plain(source)]
+    plain: list[tuple[Tensor, Tensor]] = []
+    for target, source in zip(targets, sources, strict=True):
+        if is_plain(target) and is_plain(source):
+            plain.append((target, source))
+        else:
+            target.copy_(source)
     if plain:
         torch._foreach_copy_([target for target, _ in plain], [source for _, source in plain])
-    for target, source in pairs if len(plain) < len(pairs) else ():
-        target.copy_(source)
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
