@@ -85,7 +85,7 @@ def _method(function: Callable[..., Any]) -> Callable[..., Number]:
     return method
 
 
-for _names, _function in {
+_FUNCTIONS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("add",): operator.add,
     ("sub",): operator.sub,
     ("mul",): operator.mul,
@@ -104,9 +104,10 @@ for _names, _function in {
     ("sym_sqrt",): torch.sqrt,
     ("sym_exp",): torch.exp,
     ("sym_log",): torch.log,
-}.items():
+}
+for _names, _function in _FUNCTIONS.items():
     for _name in _names:
-        setattr(Number, _name, _method(_function))  # type: ignore[arg-type]
+        setattr(Number, _name, _method(_function))
 
 
 class NumbersKept(TorchFunctionMode):
