@@ -1,6 +1,7 @@
 import gc
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ class ByTest(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByTest | None:
     return ByTest(config, log) if config.option.dist == "load" else None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """What tests import holds no doctests: collected, it would be loaded under a second name.
+
+    That would run it twice, and an operator that it registers then is gone from the first.
+    """
+    is_test = collection_path.name.startswith(("test_", "conftest"))
+    return True if collection_path.suffix == ".py" and not is_test else None
 
 
 def pytest_collection_finish() -> None:

@@ -8,9 +8,9 @@ from torch.optim import SGD, AdamW
 
 import cases
 from cases import EXITS, OPTIMIZERS, make_batch, warmed
+from model_rows import ROWS, UNCOMPILED, set_up
 from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
-from test_models import ROWS, UNCOMPILED, set_up
 
 MODELS = ["mlp", "conv_batch_norm"]
 

@@ -103,3 +103,10 @@ def test_import_loads_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     extra = set(done.stdout.decode().split()) - set(sys.stdlib_module_names)
     assert extra == {"reweight"}
+
+
+def test_no_file_is_loaded_twice() -> None:
+    """What the second run of a test's module registers would take the place of the first's."""
+    files = [file for each in list(sys.modules.values()) if (file := getattr(each, "__file__", ""))]
+    ours = [file for file in files if Path(file).is_relative_to(ROOT)]
+    assert sorted(ours) == sorted(set(ours))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cases import MultiExit
+from model_rows import ROWS, set_up
 from properties import outcome
 from reweight._passes import forward_mode
-from test_models import ROWS, set_up
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm", "nn.TransformerEncoderLayer, fused"])

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from cases import make_batch, make_model
+from model_rows import ROWS, UNCOMPILED, set_up
 from properties import assert_same, outcome
 from reweight import MetaReweightStep, SampleReweighter
 from reweight._kernels import composite, function
 from reweight._passes import forward
 from reweight._passes.memory import memory_of
 from reweight._passes.primal_cache import Departure, PrimalCache, Recall
-from test_models import ROWS, UNCOMPILED, set_up
 
 pytestmark = pytest.mark.usefixtures("all_is_large")
 
