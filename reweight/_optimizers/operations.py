@@ -9,7 +9,7 @@ import torch
 from torch import SymFloat, Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from reweight._optimizers.scalars import Refused
+from reweight._optimizers.scalars import Refused, valued
 
 aten = torch.ops.aten
 
@@ -141,22 +141,6 @@ def leaves(values: Iterable[Any]) -> list[Any]:
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among them."""
     return [value for value in leaves(values) if isinstance(value, Tensor)]
-
-
-def valued(near: Tensor, exact: Tensor) -> Tensor:
-    """The second value, with the derivative of the first."""
-    result: Tensor = _Valued.apply(near, exact)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Valued(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, near: Tensor, exact: Tensor) -> Tensor:
-        return exact.view_as(exact)
-
-    @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor, None]:
-        return cotangent, None
 
 
 def results_of(

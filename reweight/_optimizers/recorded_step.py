@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.operations import LOW, Call, valued
+from reweight._optimizers.operations import LOW, Call
 from reweight._optimizers.recorder import Recorder
+from reweight._optimizers.scalars import valued
 from reweight._optimizers.twin import twin
 
 By = dict[int, Tensor]

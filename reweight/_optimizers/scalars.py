@@ -1,5 +1,6 @@
 """Numbers that a step takes out of tensors, by ``.item()``, keep their derivative."""
 
+import math
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -85,12 +86,40 @@ def _method(function: Callable[..., Any]) -> Callable[..., Number]:
     return method
 
 
+def valued(near: Tensor, exact: Tensor) -> Tensor:
+    """The second value, with the derivative of the first."""
+    result: Tensor = _Valued.apply(near, exact)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Valued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, near: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor, None]:
+        return cotangent, None
+
+
+def _by_python(function: Callable[..., Any], python: Callable[..., float]) -> Callable[..., Any]:
+    """To the last bit what Python computes; PyTorch's own may be another, by the processor."""
+
+    def both(*values: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # the step does not ask for these numbers
+            exact = python(*(value.item() for value in values))
+        near = function(*values)
+        return valued(near, torch.full_like(near, exact))
+
+    return both
+
+
 _FUNCTIONS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("add",): operator.add,
     ("sub",): operator.sub,
     ("mul",): operator.mul,
     ("truediv", "float_truediv"): operator.truediv,
-    ("pow", "float_pow", "pow_by_natural"): operator.pow,
+    ("pow", "float_pow", "pow_by_natural"): _by_python(operator.pow, operator.pow),
     ("neg",): operator.neg,
     ("abs",): operator.abs,
     ("gt",): operator.gt,
@@ -101,9 +130,9 @@ _FUNCTIONS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("ne",): operator.ne,
     ("sym_min",): torch.minimum,
     ("sym_max",): torch.maximum,
-    ("sym_sqrt",): torch.sqrt,
-    ("sym_exp",): torch.exp,
-    ("sym_log",): torch.log,
+    ("sym_sqrt",): _by_python(torch.sqrt, math.sqrt),
+    ("sym_exp",): _by_python(torch.exp, math.exp),
+    ("sym_log",): _by_python(torch.log, math.log),
 }
 for _names, _function in _FUNCTIONS.items():
     for _name in _names:
