@@ -177,13 +177,12 @@ def exit_cross_entropy(
         )
     implementation = choose(impl, exits, target, label_smoothing, class_weight)
     classes, valid, ignore = classes_of(target, ignore_index, nums_classes)
+    apart = class_dim not in (None, -1) or implementation == "reference"
+    tensors = [logits] if isinstance(logits, Tensor) and not apart else exits
+    rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
     if implementation == "reference":
-        rows = [z.reshape(len(valid), -1) for z in exits]
         results = composite.forward(rows, classes, ignore, label_smoothing, class_weight)
     else:
-        moved = class_dim not in (None, -1)
-        tensors = [logits] if isinstance(logits, Tensor) and not moved else exits
-        rows = [z if z.dim() == 2 else z.reshape(-1, z.shape[-1]) for z in tensors]
         results = fused(rows, classes, ignore, label_smoothing, implementation)
         results = _by_class(results[0], class_weight, classes, valid), *results[1:]
     features = None
