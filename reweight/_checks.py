@@ -1,9 +1,12 @@
 """What an argument must be: each check raises an error that names it, what came and what to do."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor
 
 
 def kind(value: Any) -> str:
@@ -40,6 +43,14 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
+def check_scale(name: str, value: Any) -> None:
+    """The same, or a tensor of one number, which is not looked at: that would wait for a device."""
+    if not isinstance(value, Tensor):
+        check_positive(name, value)
+    elif value.numel() != 1:
+        raise ValueError(f"`{name}` must be one number, got a tensor {list(value.shape)}.")
+
+
 def check_share(name: str, value: Any) -> None:
     """The same as of a number, and ValueError unless it lies in [0, 1]."""
     check_number(name, value)
@@ -59,3 +70,14 @@ def check_function(name: str, value: Callable[..., Any] | None, signature: str) 
         remedy = f" Pass an instance: {value.__name__}()." if isinstance(value, type) else ""
         got = kind(value) if isinstance(value, type) else repr(value)
         raise TypeError(f"`{name}` must be a function, {signature}, got {got}.{remedy}")
+
+
+@contextmanager
+def noted(note: Callable[[], str]) -> Iterator[None]:
+    """Adds to an error from within what the note says."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(note())
+        raise

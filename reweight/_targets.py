@@ -66,12 +66,14 @@ def exits_of(
                 f"{list(each.shape)}. Pass class_dim=1, or {name}.movedim(1, -1)."
             )
         if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
+            stacked = isinstance(tensors, Tensor) and tensors.shape[: len(samples)] == samples
+            first = "One tensor has the exits first: logits.movedim(-2, 0). " if stacked else ""
             raise ValueError(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "
-                f"dimension, {[*samples, classes]}, got {list(each.shape)}. Class indices are one "
-                "number for each sample: target.squeeze(-1) of a column, target.argmax(-1) of rows "
-                "of 0 and 1. Take input and target from the same batch. If the model returns more "
-                "than logits, pass `exits=`."
+                f"dimension, {[*samples, classes]}, got {list(each.shape)}. "
+                f"{first}Class indices are one number for each sample: target.squeeze(-1) of a "
+                "column, target.argmax(-1) of rows of 0 and 1. Take input and target from the same "
+                "batch. If the model returns more than logits, pass `exits=`."
             )
     return exits
 

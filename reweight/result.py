@@ -70,6 +70,10 @@ class StepResult(NamedTuple):
     backward_difference: Tensor | None = None
     hypergradient: Tensor | None = None
 
+    def __str__(self) -> str:
+        """The summary, not all tensors."""
+        return self.summary()
+
     def summary(self) -> str:
         """One line for a log; waits for the device."""
         parts = [f"train loss {self.train_loss.item():.4f}"]
@@ -151,8 +155,8 @@ class StepCheck(NamedTuple):
         backward_difference: as in :class:`StepResult`.
         num_zero_moments: likewise.
         signal: the correlation of ∂L_meta/∂w by two halves of the meta batch, over the samples:
-            1 where they ask for the same, near 0 where all is noise; None where the meta batch
-            cannot be parted.
+            1 where they ask for the same, near 0 where all is noise; 0 where ∂L_meta/∂w is, and
+            None where the meta batch cannot be parted.
         hooks: parameters and modules whose gradients hooks see or change.
         interval: at every which step the reweighter is updated.
         seconds: of a forward and backward, and of a step with an update.
@@ -201,6 +205,8 @@ class StepCheck(NamedTuple):
                 "signal",
                 "the meta batch cannot be parted"
                 if signal is None
+                else "none: the hypergradient is 0. Is the optimizer's learning rate 0?"
+                if not signal
                 else f"{signal:+.2f}, the correlation of what its halves ask for",
             ),
             (

@@ -37,8 +37,9 @@ class SampleReweighter(nn.Module):
         form: "tanh" (default for K > 1), "sigmoid" (default for K = 1), or "predicted".
         average_over: the mean that is 1: of each sample over the "exits" (default for tanh), of
             each exit over the "samples" of the batch (default otherwise), or over "both".
-        strength: how far tanh weights can leave 1; 0 makes them all 1. Default 0.8, as published
-            for CIFAR (0.3 for ImageNet, with the mean over both). For tanh alone.
+        strength: how far tanh weights can leave 1. Default 0.8, as published for CIFAR (0.3 for
+            ImageNet, with the mean over both). 0 makes weights of every form 1, and nothing is
+            learned: what to compare with.
         inputs: what g sees of a sample: its "losses" (default), "confidences" or "both".
         num_classes: C, for g to see the label too, one of C columns, or the probabilities of a soft
             target. Default: no label, as published.
@@ -88,10 +89,10 @@ class SampleReweighter(nn.Module):
                 "`average_over` must be 'samples' for a single exit: the mean over the exits would "
                 "make every weight 1."
             )
-        if strength is not None and form != "tanh":
+        if strength and form != "tanh":
             raise ValueError(
-                f"`strength` must be left out of form={form!r}, got {strength}. For weights of 1 "
-                "take form='tanh' with strength=0."
+                f"`strength` must be 0, for weights of 1, or left out of form={form!r}, got "
+                f"{strength}: it is of tanh weights."
             )
         strength = 0.8 if strength is None else strength
         check_number("strength", strength)
@@ -151,7 +152,7 @@ class SampleReweighter(nn.Module):
         else:
             bounded = raw.tanh()
             weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
-        return weights
+        return weights if self.strength else torch.ones_like(weights)
 
     def seen(self, exit_losses: ExitLosses) -> Tensor:
         """What the network sees, a row for each sample."""
@@ -216,8 +217,12 @@ class SampleReweighter(nn.Module):
         if wanted is None or features is None or features.shape[1:] != (wanted,):
             got = None if features is None else list(features.shape)
             raise ValueError(
-                f"`losses` must carry features [samples, num_features={wanted}], got {got}. Give "
-                "the step `features=` and SampleReweighter their number, or neither."
+                f"`losses` must carry features [samples, num_features={wanted}], got {got}. "
+                + (
+                    "Let `loss` call exit_cross_entropy with probabilities=True."
+                    if self.sees_probabilities
+                    else "Give the step `features=` and SampleReweighter their number, or neither."
+                )
             )
         return features
 

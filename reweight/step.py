@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchopt.base import GradientTransformation
 
-from reweight._checks import check_flag, check_positive
+from reweight._checks import check_flag, check_scale
 from reweight._meta.estimators import Estimator
 from reweight._meta.examination import examine
 from reweight._meta.learners import learner_of
@@ -176,7 +176,7 @@ class MetaReweightStep:
                 range, or no loss depends on a parameter. Nothing has changed then, unless the very
                 last backward fails while gradients are accumulated.
         """
-        check_positive("scale", 1.0 if isinstance(scale, Tensor) else scale)
+        check_scale("scale", scale)
         train = unpack(train, "`train`")
         meta = None if meta is None and self.lagged else unpack(meta, "`meta`")
         waiting, postponed = self._lookahead.still_waiting() if meta is None else None, None

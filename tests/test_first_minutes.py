@@ -155,7 +155,7 @@ INPUTS: dict[str, tuple[Any, Any, str]] = {
 def test_inputs_that_the_model_refuses(name: str, call: str) -> None:
     train, meta, words = INPUTS[name]
     error = refused(make(), train, meta, call, Exception, words)
-    assert len(error.__notes__) == 1
+    assert error.__notes__[1:] == ["The batch was `meta`, not `train`."] * name.startswith("meta")
 
 
 # A model, loss or reweighter that does not fit → what the first call says.
@@ -381,14 +381,19 @@ SETUPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"`model` must be a torch\.nn\.Module, got the class Net\.$",
     ),
     "a strength of a sigmoid": (
-        lambda: SampleReweighter(3, form="sigmoid", strength=0),
+        lambda: SampleReweighter(3, form="sigmoid", strength=0.5),
         ValueError,
-        "`strength` must be left out of form='sigmoid', got 0. For weights of 1 take form='tanh'",
+        "`strength` must be 0, for weights of 1, or left out of form='sigmoid', got 0.5: it is of",
     ),
     "a text for a power": (
         lambda: BudgetedObjective("a"),
         TypeError,
         "`power` must be a number, got 'a'",
+    ),
+    "a scale for each sample": (
+        lambda: make().backward(GOOD, GOOD, scale=torch.ones(4)),
+        ValueError,
+        r"`scale` must be one number, got a tensor \[4\]",
     ),
     "no scale": (
         lambda: make().backward(GOOD, GOOD, scale=0),

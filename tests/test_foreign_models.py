@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -109,6 +110,70 @@ def test_a_second_reference_to_a_parameter_is_refused(estimator: str) -> None:
         step.backward(batch(1), batch(2))
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+class FromAnAlias(Net):
+    """Reads the memory of its first weight by another tensor that it has kept."""
+
+    def __init__(self, keep: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self.double()
+        self.keep = keep(self.first.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((F.linear(x, self.keep()) + self.first(x)).tanh())
+
+
+def in_a_closure(weight: Tensor) -> Callable[[], Tensor]:
+    kept = weight.detach()
+    return lambda: kept
+
+
+def as_an_array(weight: Tensor) -> Callable[[], Tensor]:
+    kept = torch.from_numpy(weight.detach().numpy())
+    return lambda: kept
+
+
+def in_a_view_of_data(weight: Tensor) -> Callable[[], Tensor]:
+    kept = weight.data.view(-1)[5:]
+    return lambda: F.pad(kept, (5, 0)).view(6, 5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("keep", [in_a_closure, as_an_array, in_a_view_of_data])
+def test_another_tensor_over_the_memory_of_a_parameter_is_refused(keep, estimator: str) -> None:
+    model = FromAnAlias(keep)
+    step = make(model, estimator=estimator)
+    for call in (step.backward, step.update_reweighter):
+        with pytest.raises(ValueError, match=r"got first\.weight, to which there is a second ref"):
+            call(batch(1), batch(2))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_buffer_over_the_memory_of_a_parameter_is_refused() -> None:
+    model = Net().double()
+    model.register_buffer("row", model.first.weight.data[0])
+    with pytest.raises(ValueError, match=r"got first\.weight, to which there is a second ref"):
+        make(model).backward(batch(1), batch(2))
+
+
+def test_data_that_the_forward_takes_anew_is_none_the_worse() -> None:
+    model = FromAnAlias(lambda weight: None)
+    model.keep = lambda: model.first.weight.data.clone() + model.first.weight.detach()
+    make(model).backward(batch(1), batch(2))
+
+
+def test_a_forward_may_ask_for_a_parameter_by_its_name() -> None:
+    class ByName(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.linear(x, self.get_parameter("first.weight")).tanh())
+
+    plain = Net().double()
+    plain.first.bias = None
+    model = ByName().double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    found = [make(each).update_reweighter(batch(1), batch(2)) for each in (plain, model)]
+    assert torch.equal(*(each.hypergradient for each in found))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

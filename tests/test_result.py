@@ -58,6 +58,11 @@ def test_scalars_are_those_of_every_exit_and_of_the_update() -> None:
     }
 
 
+def test_it_prints_its_summary() -> None:
+    result = StepResult.of(ExitLosses(torch.rand(4, 2)), torch.ones(4, 2), None)
+    assert str(result) == result.summary()
+
+
 def test_the_summary_is_one_line_that_says_what_went_wrong() -> None:
     plain = StepResult.of(ExitLosses(LOSSES), WEIGHTS, None).summary()
     assert plain == "train loss 7.0000, weights 0.50…1.50"

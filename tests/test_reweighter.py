@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from reweight import ExitLosses, SampleReweighter
+from cases import make_batch, make_model
+from reweight import ExitLosses, MetaReweightStep, SampleReweighter
 
 FORMS = [
     (num_exits, form, average_over)
@@ -80,8 +81,16 @@ def test_bound_of_tanh_weights() -> None:
     assert weights.min().item() == pytest.approx(1 - 0.8 * 2 * 4 / 5)  # −0.28: negative, as stated
 
 
-def test_strength_zero_gives_exactly_one() -> None:
-    assert torch.equal(SampleReweighter(3, strength=0)(torch.rand(4, 3)), torch.ones(4, 3))
+@pytest.mark.parametrize("form", ["tanh", "sigmoid", "predicted"])
+def test_strength_zero_gives_exactly_one(form: str) -> None:
+    reweighter = SampleReweighter(3, form=form, strength=0)
+    assert torch.equal(reweighter(torch.rand(4, 3)), torch.ones(4, 3))
+    model = make_model("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [p.clone() for p in reweighter.double().parameters()]
+    step = MetaReweightStep(model, optimizer, reweighter)
+    step.backward(make_batch("mlp"), make_batch("mlp", seed=2))
+    assert all(map(torch.equal, before, reweighter.parameters())), "nothing is learned"
 
 
 def test_published_defaults() -> None:

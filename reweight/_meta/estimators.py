@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from reweight._checks import check_choice
+from reweight._checks import check_choice, noted
 from reweight._meta.consistency import Check, both_ways
 from reweight._meta.problem import Hypergradient, Known, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters, PseudoUpdate
@@ -78,15 +78,13 @@ def difference_product(
 
     def losses_at(distance: Tensor) -> Tensor:
         at = {n: problem.first.moved[n].detach() + distance * v for n, v in tangents.items()}
-        try:
+        with noted(
+            lambda: (
+                "Finite differences run the forward again, without a graph, where it failed. Use "
+                "estimator='unrolled' if it needs one."
+            )
+        ):
             return ladder.run(lambda: problem.replay(at, {}, watch, ladder.needs_graph))
-        except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11 on
-                error.add_note(
-                    "Finite differences run the forward again, without a graph, where it failed. "
-                    "Use estimator='unrolled' if it needs one."
-                )
-            raise
 
     def difference(precision: float) -> Tensor:
         step = precision ** (2 / 3) * lengths[0] / lengths[1]
@@ -217,6 +215,8 @@ class Estimator:
 
     def __call__(self, problem: MetaProblem) -> Hypergradient:
         """∂L_meta/∂w of this step."""
+        if self.check.is_first:
+            problem.require_no_aliases()
         if self.name == "unrolled":
             return unrolled(problem)
         ahead = problem.look_ahead()

@@ -41,8 +41,9 @@ class PredictedLearner(ReweighterLearner):
 
     def loss(self, given: LossFunction) -> LossFunction:
         """See :class:`ReweighterLearner`."""
-        if given is exit_cross_entropy and self.reweighter.sees_probabilities:
-            return partial(exit_cross_entropy, probabilities=True)
+        whole: partial[Any] = given if isinstance(given, partial) else partial(given)
+        if whole.func is exit_cross_entropy and self.reweighter.sees_probabilities:
+            return partial(whole, probabilities=True)
         return given
 
     def learn(self, losses: ExitLosses, weights: Tensor, hypergradient: Hypergradient) -> Update:

@@ -1,6 +1,6 @@
 """One meta step, as functions of the parameters: what the estimators work on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from reweight._checks import noted
 from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
@@ -99,6 +100,15 @@ def leaves(tensors: Parameters) -> Parameters:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
+def _second_reference(names: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"`model` must read its parameters where its modules hold them, got {', '.join(names)}, to "
+        "which there is a second reference: in a list, a buffer or another attribute, a closure, "
+        "or a partial in `loss` or `exits`. What is read there stays as it is when the look-ahead "
+        "moves the parameter. Read it from the module at each call."
+    )
+
+
 def _taken(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     """The gradient, and what stands in ``.grad``, which is taken away."""
     parts = [dense(each) for each in (gradient, parameter.grad) if each is not None]
@@ -161,7 +171,8 @@ class MetaProblem:
         if isinstance(meta, ExitLosses):
             return then(meta)
         self.after.replay()
-        return self.forward.at(at, self.after.buffers, *meta, then)
+        with noted(lambda: "The batch was `meta`, not `train`."):
+            return self.forward.at(at, self.after.buffers, *meta, then)
 
     def replay(
         self,
@@ -261,17 +272,21 @@ class MetaProblem:
         gradients, beside = found[: len(parameters)], found[len(parameters) :]
         reached = [name for name, g in zip(replaced, beside, strict=True) if g is not None]
         if reached:
-            raise ValueError(
-                "`model` must read its parameters where its modules hold them, got "
-                f"{', '.join(reached)}, to which there is a second reference: in a list or another "
-                "attribute, a closure, or a partial in `loss` or `exits`. What is read there stays "
-                "as it is when the look-ahead moves the parameter. Read it from the module at each "
-                "call."
-            )
+            raise _second_reference(reached)
         return {
             name: _taken(parameter, gradient)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
+
+    def require_no_aliases(self) -> None:
+        """Raise ValueError where the forward read a parameter by another tensor, without a graph.
+
+        One with a graph is found on the way back: see :meth:`gradients_at`.
+        """
+        # Where the optimizer has stepped since, what was read then has been copied.
+        found = self.first.cache.aliases(self.first.moved) if self.first.before is None else []
+        if found:
+            raise _second_reference(found)
 
     def look_ahead(self) -> PseudoUpdate:
         """The step with these weights, of gradients that are leaves: the optimizer's arithmetic."""

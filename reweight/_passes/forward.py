@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from reweight._checks import check_function
+from reweight._checks import check_function, noted
 from reweight._kernels.function import logits_kept
 from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
@@ -128,6 +128,10 @@ class ExitForward:
         before = [(p, p.detach().clone()) for p in map(self._inner.get_parameter, names)]
         try:
             with placed(self._inner, parameters, tangents or {}) as rest:
+                if self.compiled is None:  # for whoever asks for a parameter and means it
+                    for tensor in rest.values():
+                        if type(tensor) is Tensor:
+                            tensor._is_param = True
                 return run_with(self._inner, {**copies, **rest}, run)
         finally:
             for parameter, value in before:
@@ -180,16 +184,14 @@ class ExitForward:
         return losses
 
     def _outputs(self, model: nn.Module, inputs: Any) -> Any:
-        try:
+        def note() -> str:
+            return f"`model` got the inputs of a batch (inputs, target): {describe(inputs)}."
+
+        with noted(note):
             if self.compiled is not None:
                 return self.compiled(inputs)
             with as_written():
                 return call(model, inputs)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11 on
-                got = describe(inputs)
-                error.add_note(f"`model` got the inputs of a batch (inputs, target): {got}.")
-            raise
 
     def _losses(
         self, model: nn.Module, inputs: Any, target: Any, within: AbstractContextManager[Any] | None
@@ -241,7 +243,12 @@ def _check_fields(losses: ExitLosses) -> None:
                 f"`loss` must return ExitLosses with `{name}` [{num_samples}] or [{num_samples}, "
                 f"{num_exits}], got {list(value.shape)}."
             )
-    weight, auxiliary = losses.weight, losses.auxiliary
+    weight, valid, auxiliary = losses.weight, losses.valid, losses.auxiliary
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(
+            f"`loss` must return ExitLosses with `valid` of torch.bool, got {valid.dtype}. Pass "
+            "valid.bool()."
+        )
     if weight is not None and weight.device.type == "cpu" and not (weight >= 0).all():
         raise ValueError("`loss` must return ExitLosses with `weight` of at least 0, got others.")
     if auxiliary is not None and auxiliary.dim():

@@ -63,6 +63,13 @@ class Tokens:
             self._before.append(self._known[id(tensor)])
         return token
 
+    def there_before(self) -> Iterator[Tensor]:
+        """What was an argument before it was a result, in memory that was not changed unseen."""
+        for reference, _, _ in self._before:
+            tensor = reference()
+            if tensor is not None and not self.is_lost(tensor):
+                yield tensor
+
     def forget(self, *tensors: Tensor) -> None:
         """Know nothing in their memory any more."""
         self._lost.update(map(memory_of, tensors))

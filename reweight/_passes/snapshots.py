@@ -104,14 +104,26 @@ class Beginning:
         self._attributes = [(held, held.copy()) for held in map(vars, modules)]
         self._empty: list[Any] = []
         self._contents: list[tuple[Any, Any]] = []
+        seen = set[int]()
         for _, attributes in self._attributes:
             for name, value in attributes.items():
                 if type(value) in _CONSTANT or name in ("_parameters", "_buffers"):
                     continue
                 if isinstance(value, _CONTAINERS) and not value:
                     self._empty.append(value)
-                elif (contents := _contents(value)) is not None:
-                    self._contents.append((value, contents))
+                else:
+                    self._note(value, seen, is_opened=name != "_modules")
+
+    def _note(self, value: Any, seen: set[int], *, is_opened: bool = True) -> None:
+        """Keep what it holds, and what its elements do."""
+        if (contents := _contents(value)) is not None:
+            self._contents.append((value, contents))
+        holds = isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _MANY
+        if is_opened and holds and id(value) not in seen:
+            seen.add(id(value))
+            for each in value.values() if isinstance(value, dict) else value:
+                if type(each) not in _CONSTANT:
+                    self._note(each, seen)
 
     def replay(self) -> None:
         """Random state and attributes as they were; the buffers of a pass are copies anyway."""
@@ -164,6 +176,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _CONSTANT = {bool, int, float, str, type(None)}
 _CONTAINERS = (list, dict, set, deque)
+_MANY = 1000  # elements, of what is not opened: a vocabulary or a history
 
 
 def _contents(value: Any) -> Any:

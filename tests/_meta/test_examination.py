@@ -96,6 +96,15 @@ def test_the_signal_is_one_where_both_halves_ask_for_the_same() -> None:
     assert step.check(train, make_batch("mlp", 1, seed=2)).signal is None
 
 
+def test_no_signal_where_the_step_moves_nothing() -> None:
+    step = make_step()
+    for group in step.optimizers[0].param_groups:
+        group["lr"] = 0.0
+    found = step.check(make_batch("mlp", 8, seed=1), make_batch("mlp", 8, seed=2))
+    assert found.signal == 0
+    assert "none: the hypergradient is 0. Is the optimizer's learning rate 0?" in str(found)
+
+
 def test_direct_weights_are_looked_at_too() -> None:
     found = check(make_step(optimizer="sgd", reweighter=DirectWeights(3)))
     assert found.signal is not None

@@ -1,6 +1,7 @@
 """What the prediction of a hypergradient learns from one."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from properties import assert_same
 from reweight import ExitLosses, MeanObjective, MetaReweightStep, SampleReweighter
 from reweight._meta.learners import PredictedLearner, learner_of
 from reweight._meta.problem import Hypergradient
+from reweight.losses import exit_cross_entropy
 from reweight.objectives import MetaLoss
 
 
@@ -130,3 +132,22 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [each(x) for each in self.exits]
+
+
+def test_options_of_the_cross_entropy_leave_what_the_prediction_sees() -> None:
+    batches = [(torch.randn(8, 4), torch.randint(4, (8,))) for _ in range(2)]
+    results = []
+    for loss in (exit_cross_entropy, partial(exit_cross_entropy, label_smoothing=0.0)):
+        torch.manual_seed(0)
+        model = Heads(2)
+        reweighter = SampleReweighter(2, form="predicted", num_classes=4)
+        step = MetaReweightStep(model, SGD(model.parameters(), 0.1), reweighter, loss=loss)
+        results.append(step(*batches))
+    assert torch.equal(results[0].weights, results[1].weights)
+
+    def bare(outputs: list[Tensor], target: Tensor) -> ExitLosses:
+        return exit_cross_entropy(outputs, target)
+
+    step = MetaReweightStep(model, SGD(model.parameters(), 0.1), reweighter, loss=bare)
+    with pytest.raises(ValueError, match="Let `loss` call exit_cross_entropy with probabilities="):
+        step(*batches)

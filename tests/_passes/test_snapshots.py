@@ -87,6 +87,23 @@ def test_plain_attributes_come_back_whether_changed_or_replaced() -> None:
     )
 
 
+def test_what_containers_hold_comes_back() -> None:
+    module = nn.Module()
+    module.state = {"mean": torch.zeros(2), "queue": [torch.zeros(1)], "pair": (torch.zeros(1), [])}
+    module.state["itself"] = module.state
+    mean, (count, names) = module.state["mean"], module.state["pair"]
+    beginning = Beginning(module)
+    mean.add_(1)
+    module.state["queue"][0] += 1
+    module.state["queue"].append(torch.ones(1))
+    count.add_(1)
+    names.append("new")
+    beginning.replay()
+    assert module.state["mean"] is mean
+    assert (mean.tolist(), count.tolist(), names) == ([0, 0], [0], [])
+    assert [each.tolist() for each in module.state["queue"]] == [[0]]
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_gradients_come_back(copy: bool) -> None:
     parameters = [torch.ones(2, requires_grad=True) for _ in range(2)]
