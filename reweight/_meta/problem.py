@@ -1,6 +1,6 @@
 """One meta step, as functions of the parameters: what the estimators work on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reweight._checks import noted
 from reweight._optimizers.accepted import Parameters, PseudoUpdate
+from reweight._passes.aliases import aliases, second_reference
 from reweight._passes.differences import working_precision
 from reweight._passes.forward import ExitForward
 from reweight._passes.primal_cache import PrimalCache
@@ -98,15 +99,6 @@ def dense(tensor: Tensor) -> Tensor:
 def leaves(tensors: Parameters) -> Parameters:
     """The same numbers, with nothing before them."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-
-
-def _second_reference(names: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"`model` must read its parameters where its modules hold them, got {', '.join(names)}, to "
-        "which there is a second reference: in a list, a buffer or another attribute, a closure, "
-        "or a partial in `loss` or `exits`. What is read there stays as it is when the look-ahead "
-        "moves the parameter. Read it from the module at each call."
-    )
 
 
 def _taken(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -272,21 +264,18 @@ class MetaProblem:
         gradients, beside = found[: len(parameters)], found[len(parameters) :]
         reached = [name for name, g in zip(replaced, beside, strict=True) if g is not None]
         if reached:
-            raise _second_reference(reached)
+            raise second_reference(reached)
         return {
             name: _taken(parameter, gradient)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
 
     def require_no_aliases(self) -> None:
-        """Raise ValueError where the forward read a parameter by another tensor, without a graph.
-
-        One with a graph is found on the way back: see :meth:`gradients_at`.
-        """
-        # Where the optimizer has stepped since, what was read then has been copied.
-        found = self.first.cache.aliases(self.first.moved) if self.first.before is None else []
-        if found:
-            raise _second_reference(found)
+        """Raise ValueError where the forward read a parameter by another tensor without a graph."""
+        if self.first.before is not None:  # the optimizer has stepped since; it was copied
+            return
+        if found := aliases(self.first.moved, self.first.cache.there_before()):
+            raise second_reference(found)
 
     def look_ahead(self) -> PseudoUpdate:
         """The step with these weights, of gradients that are leaves: the optimizer's arithmetic."""

@@ -1,4 +1,4 @@
 """The user's model run again, without leaving a trace; these modules are for others."""
 
-__all__ = ["compiled", "differences", "forward", "forward_mode", "hooks", "ladder", "primal_cache",
-    "snapshots"]  # fmt: skip
+__all__ = ["aliases", "compiled", "differences", "forward", "forward_mode", "hooks", "ladder",
+    "primal_cache", "snapshots"]  # fmt: skip

@@ -143,25 +143,10 @@ class PrimalCache(TorchFunctionMode):
             self._tokens.give(copy, self._tokens.of_argument(tensor))
         return copies
 
-    def aliases(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Of which of these the forward read another tensor over the same memory, without a graph.
-
-        Such a tensor was kept from before, or is a buffer: it stays when a parameter is replaced.
-        """
-        spans = defaultdict[int, list[tuple[range, str]]](list)  # by where their memory begins
-        for name, parameter in parameters.items():
-            if is_plain(parameter):
-                spans[_address(parameter)].append((_span(parameter), name))
+    def there_before(self) -> list[Tensor]:
+        """What the forward read and did not make: buffers, parameters, inputs, what was kept."""
         buffers = () if self._model is None else structure_of(self._model).buffers.values()
-        others = (*self._tokens.there_before(), *buffers)
-        found = [
-            name
-            for tensor in others
-            if is_plain(tensor) and not tensor.requires_grad
-            for span, name in spans.get(_address(tensor), ())
-            if range(max(span.start, _span(tensor).start), min(span.stop, _span(tensor).stop))
-        ]
-        return list(dict.fromkeys(found))
+        return [*self._tokens.there_before(), *buffers]
 
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Take these copies for what they were copied of, by its id, from now on."""
@@ -177,19 +162,6 @@ class PrimalCache(TorchFunctionMode):
             for name in self._names.keys() & buffers.keys():
                 self._tokens.give(buffers[name], self._names[name])
         return Recall(self._tokens, self._calls)
-
-
-def _address(tensor: Tensor) -> int:
-    """Where its memory begins, which an array of NumPy over it has in common."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _span(tensor: Tensor) -> range:
-    """From its first byte to its last, by address; none of what has no memory now."""
-    first, sizes = tensor.data_ptr(), zip(tensor.size(), tensor.stride(), strict=True)
-    size = (sum((n - 1) * step for n, step in sizes) + 1) * tensor.element_size()
-    is_held = first and tensor.numel() and tensor.untyped_storage().size()
-    return range(first, first + (size if is_held else 0))
 
 
 def key_of(
