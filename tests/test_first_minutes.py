@@ -155,7 +155,9 @@ INPUTS: dict[str, tuple[Any, Any, str]] = {
 def test_inputs_that_the_model_refuses(name: str, call: str) -> None:
     train, meta, words = INPUTS[name]
     error = refused(make(), train, meta, call, Exception, words)
-    assert error.__notes__[1:] == ["The batch was `meta`, not `train`."] * name.startswith("meta")
+    assert error.__notes__[1:] == [
+        "This was at the `meta` batch, in the look-ahead."
+    ] * name.startswith("meta")
 
 
 # A model, loss or reweighter that does not fit → what the first call says.

@@ -163,7 +163,7 @@ class MetaProblem:
         if isinstance(meta, ExitLosses):
             return then(meta)
         self.after.replay()
-        with noted(lambda: "The batch was `meta`, not `train`."):
+        with noted(lambda: "This was at the `meta` batch, in the look-ahead."):
             return self.forward.at(at, self.after.buffers, *meta, then)
 
     def replay(
