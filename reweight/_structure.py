@@ -1,8 +1,9 @@
 """What a model consists of, asked for once and kept until it changes."""
 
 import weakref
+from itertools import repeat
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ class Place(NamedTuple):
     name: str
 
 
+_Held: TypeAlias = tuple[int, str, str, str, str]
+"""The number of the module, and as in :class:`Place`."""
+
+
 class Structure(NamedTuple):
     """A model as it is now.
 
@@ -30,13 +35,21 @@ class Structure(NamedTuple):
         modules: all of them, each once.
         parameters: by name, each once.
         buffers: likewise.
-        places: where these are; a tensor of several names has several.
+        held: what the places below are made of.
     """
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    places: list[Place]
+    held: "list[_Held]"
+
+    @property
+    def places(self) -> list[Place]:
+        """Where parameters and buffers are; a tensor of several names has several."""
+        return [
+            Place(getattr(self.modules[i], kind), key, path, name)
+            for i, kind, key, path, name in self.held
+        ]
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -61,7 +74,8 @@ class _Kept:
         self._modules = [weakref.ref(module) for module in modules]
         self._names, members = _members(modules)
         self._members = [_nothing if each is None else weakref.ref(each) for each in members]
-        self._places: list[tuple[int, str, str, str, str]] = []
+        self._is_none = list(map(is_, members, repeat(None)))
+        self._held: list[_Held] = []
         first: dict[int, str] = {}
         for i, (prefix, module) in enumerate(named):
             for kind in ("_parameters", "_buffers"):
@@ -69,30 +83,27 @@ class _Kept:
                     if tensor is not None:
                         path = f"{prefix}.{key}" if prefix else key
                         name = first.setdefault(id(tensor), path)
-                        self._places.append((i, kind, key, path, name))
+                        self._held.append((i, kind, key, path, name))
 
     def modules(self) -> list[nn.Module] | None:
         """Them, or None if the model is another now."""
         modules: list[Any] = [reference() for reference in self._modules]
-        if not all(isinstance(module, nn.Module) for module in modules):
+        if any(map(is_, modules, repeat(None))):
             return None
         names, members = _members(modules)
         known = [reference() for reference in self._members]
-        # What is gone and what was None from the beginning look alike, but for the reference.
-        gone = (k is None and r is not _nothing for k, r in zip(known, self._members, strict=True))
-        if names != self._names or not all(map(is_, members, known)) or any(gone):
+        # What is gone and what was None from the beginning look alike.
+        is_none = list(map(is_, known, repeat(None)))
+        if names != self._names or is_none != self._is_none or not all(map(is_, members, known)):
             return None
         return modules
 
     def structure(self, modules: list[nn.Module]) -> Structure:
         """What these modules hold."""
-        places = []
         found: dict[str, dict[str, Any]] = {"_parameters": {}, "_buffers": {}}
-        for i, kind, key, path, name in self._places:
-            members = getattr(modules[i], kind)
-            places.append(Place(members, key, path, name))
-            found[kind][name] = members[key]
-        return Structure(modules, found["_parameters"], found["_buffers"], places)
+        for i, kind, key, _, name in self._held:
+            found[kind][name] = getattr(modules[i], kind)[key]
+        return Structure(modules, found["_parameters"], found["_buffers"], self._held)
 
 
 def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:
@@ -102,7 +113,7 @@ def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:
     for module in modules:
         for part in (module._modules, module._parameters, module._buffers):
             if part:
-                names += part.keys()
+                names += part
                 members += part.values()
     return names, members
 

@@ -193,7 +193,7 @@ class MetaReweightStep:
         forward = partial(self._forward, beginning=beginning)
         try:
             with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
-                within = cache if due and not lean else None
+                within = self._estimator.within(cache) if due and not lean else None
                 batch = self._forward.spare(train) if due and lean else train
                 losses = forward(*batch, within=within, wrapped=not unsettled)
                 losses = self._forward.with_features(require_graph(losses), spare)
@@ -277,7 +277,7 @@ class MetaReweightStep:
         """Learn from one meta step after the forward of the train batch."""
         if not first.accumulated:
             self._learner.warn_if_cold(self.optimizers)
-        after = Beginning(self._inner, first.beginning)
+        after = Beginning(self._inner)
         weights, seed = self._learner.ahead(first.losses), self._learner.num_updates
         problem = self._lookahead.problem(first, after, meta, weights, seed)
         problem.begins_at_zero = self._learner.begins_at_zero

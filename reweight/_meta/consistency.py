@@ -6,7 +6,8 @@ update tell, and nothing waits for the device: what they came to is read at the 
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from reweight._ranks.collectives import gather, local, num_ranks
 from reweight._ranks.shards import num_copies
 
 
+@torch.no_grad()
 def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
     """This rank's part of both sums and of the size of their terms, shape [3].
 
@@ -30,53 +32,42 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         value: ∂L_meta/∂w, shape [B, K].
     """
     terms = known.weights * value
-    pairs = defaultdict[float, list[tuple[Tensor, Tensor]]](list)  # of v and gradient, by share
+    pairs = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)  # of v and gradient, by share
     for name, tangent in direction.items():
         # A parameter that only another rank's losses reach has no gradient of its own here.
         gradient = known.gradients.get(name)
         if gradient is None:
             continue
         share = 1 / (num_copies(tangent) or num_ranks())
-        pairs[share].append((_flat(tangent), _flat(gradient)))
+        pairs[share, tangent.device].append((local(tangent), local(gradient)))
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
-            pairs[-share].append((_flat(tangent), _flat(before)))
-    dots = [share * torch.stack(_dots(each)).to(value) for share, each in pairs.items()]
-    # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    norms = _norm(direction.values(), value) * _norm(known.gradients.values(), value)
+            pairs[-share, tangent.device].append((local(tangent), local(before)))
+    dots, squares = [value.new_zeros(1)], value.new_zeros(2)
+    for (share, _), each in pairs.items():
+        left, right = _in_rows(each)
+        dots.append(share * torch.stack(list(map(torch.dot, left, right))).to(value))
+        norms = torch.stack(torch._foreach_norm([*left, *right])).to(value)
+        squares = squares + norms.square().view(2, -1).sum(1)
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
     of_samples = (problem.first.sample_shares * known.weights).abs()
     loss = (of_samples * problem.first.losses.losses.detach()).abs().sum() / of_samples.sum()
     by_heart = 8 * problem.precision ** (2 / 3) / loss.clamp(min=problem.precision)
-    sums = torch.cat([value.new_zeros(1), *dots])
+    sums = torch.cat(dots)
     sizes = (
         terms.abs().sum() * by_heart.clamp(min=1),
         sums.abs().sum(),
-        norms * problem.precision ** (1 / 3),
+        # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
+        squares.sqrt().prod() * problem.precision ** (1 / 3),
     )
     return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
 
 
-def _dots(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """⟨a, b⟩ of each large pair, and of all small ones as if they were one."""
-    some, others = zip(*pairs, strict=True)
-    return [
-        torch.dot(joined([some[i] for i in members]), joined([others[i] for i in members]))
-        for members in together(some)
-    ]
-
-
-def _norm(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
-    """That of all of them as one vector."""
-    flat = list(map(_flat, tensors))
-    norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(flat)])
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """This rank's shard, or all of a plain tensor, in a row."""
-    return local(tensor).detach().reshape(-1)
+def _in_rows(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
+    """The first of each pair and the second, each in a row; all small ones as if they were one."""
+    columns = list(zip(*pairs, strict=True))
+    groups = together(columns[0])
+    return [[joined([each[i] for i in group]).reshape(-1) for group in groups] for each in columns]
 
 
 class Check:

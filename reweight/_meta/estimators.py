@@ -30,6 +30,7 @@ from reweight._passes.forward_mode import (
     tangents_follow_gradients,
 )
 from reweight._passes.ladder import Ladder, NotCompiledError
+from reweight._passes.primal_cache import PrimalCache
 from reweight._ranks.collectives import is_sharded, sums_over_ranks
 from reweight._ranks.shards import sharded_modules, whole
 from reweight.losses import ExitLosses
@@ -241,6 +242,12 @@ class Estimator:
         if self._given == "auto" and self.check.failures == 3:
             self._move_on(problem, lambda: estimated(names)[1])
         return found._replace(both_ways=parts)
+
+    def within(self, cache: PrimalCache) -> PrimalCache | None:
+        """What the first forward is to run within: what takes note of it, if that is of use."""
+        forward = self.name in ("auto", "forward") and self.ladder.recalls
+        useful = self.check.is_first or (forward and cache.num_entries > self.ladder.too_small)
+        return cache if useful else None
 
     def anew(self) -> "Estimator":
         """The same one, that has seen nothing yet."""

@@ -120,7 +120,7 @@ class ReweighterLearner:
             before.restore()
             self.num_skipped, self.num_updates = counts
 
-        self.optimizer.zero_grad(set_to_none=True)  # the user may have run a backward through it
+        before.clear_gradients()  # the user may have run a backward through it
         descend = self._descent(losses, weights, value, ok)
         for _ in range(self.num_steps if weights.requires_grad else 0):
             # The very first step makes the optimizer's state and so waits for the device to say if
@@ -154,12 +154,13 @@ class ReweighterLearner:
     def _report(self, losses: ExitLosses, hypergradient: Hypergradient) -> tuple[Update, Tensor]:
         """What is known before anything is learned, and whether it is something to learn from."""
         value = hypergradient.value
-        values = (losses.losses.detach(), hypergradient.meta_loss.value, value)
-        bad = [~are_finite([each]) for each in values]
+        bad = ~are_finite([losses.losses, hypergradient.meta_loss.value, value])
         # From every rank, so that all clip alike, and all skip or none does.
-        told = [] if hypergradient.both_ways is None else list(hypergradient.both_ways)
-        every = gather(torch.stack([*bad, hypergradient.meta_loss.value, value.norm(), *told]))
-        difference = relative_difference(every[:, 5:]) if told else None
+        told = [bad, torch.stack([hypergradient.meta_loss.value, value.norm()])]
+        if hypergradient.both_ways is not None:
+            told.append(hypergradient.both_ways)
+        every = gather(torch.cat(told))
+        difference = relative_difference(every[:, 5:]) if len(told) == 3 else None
         nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
         meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
         ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, optim
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from reweight._optimizers.slopes import Slope
 from reweight._ranks.collectives import local
@@ -227,12 +228,11 @@ def together(tensors: Sequence[Tensor]) -> list[list[int]]:
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """All their entries; one tensor stays as it is."""
     dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
-    return dense[0] if len(dense) == 1 else torch.cat([tensor.reshape(-1) for tensor in dense])
+    return dense[0] if len(dense) == 1 else _flatten_dense_tensors(dense)
 
 
 def parted(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The other way."""
     if len(like) == 1:
         return [whole]
-    parts = whole.split_with_sizes([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+    return list(_unflatten_dense_tensors(whole, like))

@@ -49,6 +49,8 @@ class _ForwardMode(TangentsWithGradients):
     def __init__(self, cache: PrimalCache, ladder: Ladder) -> None:
         super().__init__()
         self._recall, self._ladder = cache.again(), ladder
+        if cache.is_of_no_use:
+            ladder.too_small = max(ladder.too_small, cache.num_entries)
         self.deferred = Deferred(ladder.give_up_recall)
         self._handlers: dict[Any, Callable[..., Any]] = {
             **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},

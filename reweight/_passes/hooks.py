@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from reweight._ranks.collectives import num_ranks
+from reweight._structure import structure_of
 
 Hook = Callable[[Tensor], Tensor | None]
 
@@ -28,8 +29,8 @@ class GradientHooks:
         self._changing: set[int] = set()  # by the numbers of their handles, which are unique
 
     def _hooks(self) -> list[dict[int, Hook]]:
-        held = (parameter._backward_hooks for parameter in self._model.parameters())
-        return [hooks for hooks in held if hooks]
+        parameters = structure_of(self._model).parameters.values()
+        return [p._backward_hooks for p in parameters if p._backward_hooks]
 
     @property
     def exist(self) -> bool:

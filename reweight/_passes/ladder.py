@@ -105,13 +105,14 @@ class Ladder:
         told: the same of all passes.
         needs_graph: whether parameters need a graph: the model takes gradients in its forward.
         recalls: whether passes do what the first forward did, whose values are recalled.
+        too_small: entries of the largest batch for which there was nothing worth recalling.
         has_seen_uncompiled: whether it was asked if the model may run compiled.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, Rung] = {}
         self.needs_graph = self.has_seen_uncompiled = False
-        self.recalls = True
+        self.recalls, self.too_small = True, 0
         self.has_looked_for_cuts = False  # from the graph: finite differences do, once
         self._rules: set[str] = set()  # forward rules of custom Functions
         self._rungs: dict[Any, Rung] = dict.fromkeys(_NOT_BY_FORWARD_MODE, Rung.BACKWARD)

@@ -153,13 +153,16 @@ def is_large(tensor: Any) -> bool:
 
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether it is an ordinary tensor, or none at all."""
-    kinds = (Tensor, nn.Parameter)
     return tensor is None or (
-        type(tensor) in kinds
-        and tensor.layout == torch.strided
+        type(tensor) in _ORDINARY
+        and tensor.layout is torch.strided
         and not (tensor.is_inference() or tensor.is_neg() or tensor.is_conj())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not _is_wrapped(tensor)
     )
+
+
+_ORDINARY = {Tensor, nn.Parameter}
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform of torch.func
 
 
 def _place(tensor: Tensor) -> Any:

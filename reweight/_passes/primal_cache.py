@@ -86,6 +86,9 @@ class PrimalCache(TorchFunctionMode):
 
     Args:
         model: its buffers are known again by their names, in copies; None if they need not be.
+
+    Attributes:
+        num_entries: of the batch.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -93,13 +96,13 @@ class PrimalCache(TorchFunctionMode):
         self._model, self._depth = model, 0
         self._tokens, self._calls = Tokens(), defaultdict[Key, list[Call]](list)
         self._names: dict[str, int] = {}
-        self._is_worth_it = False
+        self._is_worth_it, self._has_noted, self.num_entries = False, False, 0
 
     def __enter__(self) -> "PrimalCache":
         if not self._depth and self._model is not None:
             buffers = structure_of(self._model).buffers
             self._names = {name: self._tokens.new(b) for name, b in buffers.items()}
-        self._depth += 1
+        self._depth, self._has_noted = self._depth + 1, True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -139,6 +142,7 @@ class PrimalCache(TorchFunctionMode):
 
     def take(self, batch: Batch, copies: Batch) -> Batch:
         """Take the copies for the batch as it is now, whatever becomes of it, and return them."""
+        self.num_entries = sum(tensor.numel() for tensor in tensors_of(batch))
         for tensor, copy in zip(tensors_of(batch), tensors_of(copies), strict=True):
             self._tokens.give(copy, self._tokens.of_argument(tensor))
         return copies
@@ -151,6 +155,11 @@ class PrimalCache(TorchFunctionMode):
     def follow(self, copies: Mapping[int, Tensor]) -> None:
         """Take these copies for what they were copied of, by its id, from now on."""
         self._tokens.settle(copies)
+
+    @property
+    def is_of_no_use(self) -> bool:
+        """Whether it has seen a forward in which nothing is worth recalling."""
+        return self._has_noted and not self._is_worth_it
 
     def again(self) -> "Recall | None":
         """For a pass that does the same again; None if there is nothing that is worth it."""

@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,21 +25,18 @@ class RandomState:
     Args:
         devices: whose global generators are meant, besides the CPU's.
         generators: others.
-        earlier: noted a little while ago; NumPy's is taken from there if nothing was drawn since.
     """
 
+    _latest: "RandomState | None" = None  # NumPy's is taken from there if nothing was drawn since
+
     def __init__(
-        self,
-        devices: Iterable[torch.device],
-        generators: Iterable[torch.Generator],
-        earlier: "RandomState | None" = None,
+        self, devices: Iterable[torch.device], generators: Iterable[torch.Generator]
     ) -> None:
-        self._python, self._bits = random.getstate(), _numpy_bits()
-        self._numpy: Any = (
-            earlier._numpy
-            if earlier is not None and earlier._is_numpys()
-            else np.random.get_state(legacy=False)
-        )
+        self._python, self._bits, latest = random.getstate(), _numpy_bits(), RandomState._latest
+        if latest is not None and latest._is_numpys():
+            self._numpy: Any = latest._numpy
+        else:
+            self._numpy, RandomState._latest = np.random.get_state(legacy=False), self
         self._cpu = torch.get_rng_state()
         self._generators = [(generator, generator.get_state()) for generator in generators]
         self._others = {
@@ -84,32 +81,32 @@ class Beginning:
 
     Args:
         model: looked at now.
-        earlier: the beginning of something that came before, if any.
 
     Attributes:
         buffers: copies, by name.
     """
 
-    def __init__(self, model: nn.Module, earlier: "Beginning | None" = None) -> None:
-        modules, parameters, buffers, places = structure_of(model)
-        devices = {parameter.device for parameter in parameters.values()}
-        drawn = None if earlier is None else earlier._random_state
-        self._random_state: RandomState = RandomState(devices, (), drawn)
+    def __init__(self, model: nn.Module) -> None:
+        structure = structure_of(model)
+        buffers = structure.buffers
+        devices = {parameter.device for parameter in structure.parameters.values()}
+        self._random_state = RandomState(devices, ())
         self.buffers = clones(buffers)
         self._places = [
             (members, key, buffers[name], self.buffers[name])
-            for members, key, _, name in places
+            for members, key, _, name in (structure.places if buffers else ())
             if name in buffers
         ]
-        self._attributes = [(held, held.copy()) for held in map(vars, modules)]
+        self._attributes = [(held, held.copy()) for held in map(vars, structure.modules)]
         self._empty: list[Any] = []
         self._contents: list[tuple[Any, Any]] = []
         seen = set[int]()
         for _, attributes in self._attributes:
             for name, value in attributes.items():
-                if type(value) in _CONSTANT or name in ("_parameters", "_buffers"):
+                kind = type(value)
+                if kind in _CONSTANT or name in ("_parameters", "_buffers"):
                     continue
-                if isinstance(value, _CONTAINERS) and not value:
+                if kind in _OFTEN_EMPTY and not value:
                     self._empty.append(value)
                 else:
                     self._note(value, seen, is_opened=name != "_modules")
@@ -162,20 +159,21 @@ def clones(tensors: Mapping[T, Tensor]) -> dict[T, Tensor]:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each to its target, by one operation as far as they are plain."""
-    plain: list[tuple[Tensor, Tensor]] = []
+    """Copy each to its target, by one operation as far as they are plain and alike."""
+    plain = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)
     for target, source in zip(targets, sources, strict=True):
         if is_plain(target) and is_plain(source):
-            plain.append((target, source))
+            plain[target.device, target.dtype].append((target, source))
         else:
             target.copy_(source)
-    if plain:
-        torch._foreach_copy_([target for target, _ in plain], [source for _, source in plain])
+    for alike in plain.values():
+        torch._foreach_copy_([target for target, _ in alike], [source for _, source in alike])
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _CONSTANT = {bool, int, float, str, type(None)}
 _CONTAINERS = (list, dict, set, deque)
+_OFTEN_EMPTY = {*_CONTAINERS, OrderedDict}
 _MANY = 1000  # elements, of what is not opened: a vocabulary or a history
 
 

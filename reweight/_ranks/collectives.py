@@ -142,6 +142,8 @@ def _fingerprint(fact: Any) -> int:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
+    if type(tensor) is Tensor:
+        return False
     loaded = sys.modules.get("torch.distributed.tensor")  # slow to import, for nothing mostly
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
