@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reweight._checks import check_positive, check_whole
-from reweight._ranks.collectives import gather_rows, sum_over_ranks
+from reweight._ranks.collectives import gather_rows, num_ranks, sum_over_ranks
 from reweight.losses import ExitLosses
 
 
@@ -95,7 +95,7 @@ class BudgetedObjective:
             )
         confidence, counted, own = meta.confidence, meta.counted, slice(None)
         valid = None if counted is None else counted.any(1)
-        if not self.per_rank:
+        if num_ranks() > 1 and not self.per_rank:
             if valid is None:
                 valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
             rows, own = gather_rows(torch.cat([confidence, valid.unsqueeze(1)], 1))
@@ -169,12 +169,11 @@ def allot(confidence: Tensor, shares: Tensor, valid: Tensor | None = None) -> Te
     num_samples, num_exits = confidence.shape
     free = confidence.new_ones(num_samples, dtype=torch.bool) if valid is None else valid
     quota = quotas(shares.to(confidence.device), free.sum())
-    rank = torch.arange(num_samples, device=confidence.device)
-    members = []
+    is_within = torch.arange(num_samples, device=confidence.device) < quota.unsqueeze(1)
+    left, members = confidence.masked_fill(~free.unsqueeze(1), -torch.inf), []
     for k in range(num_exits - 1):
-        left = confidence[:, k].masked_fill(~free, -torch.inf)
-        order = left.argsort(descending=True, stable=True)
-        taken = torch.empty_like(free).scatter_(0, order, rank < quota[k]) & free
+        order = left[:, k].argsort(descending=True, stable=True)
+        taken = torch.empty_like(free).scatter_(0, order, is_within[k])
         members.append(taken)
-        free = free & ~taken
-    return torch.stack([*members, free], 1)
+        left.masked_fill_(taken.unsqueeze(1), -torch.inf)
+    return torch.stack([*members, left[:, -1] != -torch.inf], 1)

@@ -105,8 +105,10 @@ def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
 def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -> None:
     """Of parameters that go through as one, θ̂ and slopes to what is found."""
     members = columns[1]
-    like = list(map(local, members))
-    inputs = [joined([local(tensor.detach()) for tensor in kept]) for kept in columns]
+    parts = [list(map(local, kept)) for kept in columns]
+    like = parts[1]
+    with torch.no_grad():
+        inputs = [joined(each).detach() for each in parts]
     value, slope = torch.empty_like(inputs[1]), torch.empty_like(inputs[1])
     blocks: list[Sequence[Tensor]] = [[tensor] for tensor in (*inputs, value, slope)]
     if value.is_contiguous() and like[0].dim():

@@ -53,7 +53,7 @@ class _ForwardMode(TangentsWithGradients):
             ladder.too_small = max(ladder.too_small, cache.num_entries)
         self.deferred = Deferred(ladder.give_up_recall)
         self._handlers: dict[Any, Callable[..., Any]] = {
-            **{func: rule for func, rule in RULES.items() if func not in FAST_RULES},
+            **_OTHER_RULES,
             **{func: partial(ladder.gradient, func) for func in GRADIENTS},
             **ladder.handlers(),
         }
@@ -174,6 +174,7 @@ class _ForwardMode(TangentsWithGradients):
             return attention_layer(*args, **kwargs)
 
 
+_OTHER_RULES = {func: rule for func, rule in RULES.items() if func not in FAST_RULES}
 _OWN_KINDS = {
     types.FunctionType,
     types.BuiltinFunctionType,

@@ -104,11 +104,9 @@ class Beginning:
         for _, attributes in self._attributes:
             for name, value in attributes.items():
                 kind = type(value)
-                if kind in _CONSTANT or name in ("_parameters", "_buffers"):
-                    continue
                 if kind in _OFTEN_EMPTY and not value:
                     self._empty.append(value)
-                else:
+                elif kind not in _CONSTANT and name not in ("_parameters", "_buffers"):
                     self._note(value, seen, is_opened=name != "_modules")
 
     def _note(self, value: Any, seen: set[int], *, is_opened: bool = True) -> None:
