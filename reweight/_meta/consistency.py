@@ -32,13 +32,14 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         value: ∂L_meta/∂w, shape [B, K].
     """
     terms = known.weights * value
-    pairs = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)  # of v and gradient, by share
+    # Of v and gradient, by share and device.
+    pairs, ranks = defaultdict[Any, list[tuple[Tensor, Tensor]]](list), num_ranks()
     for name, tangent in direction.items():
         # A parameter that only another rank's losses reach has no gradient of its own here.
         gradient = known.gradients.get(name)
         if gradient is None:
             continue
-        share = 1 / (num_copies(tangent) or num_ranks())
+        share = 1 / (num_copies(tangent) or ranks)
         pairs[share, tangent.device].append((local(tangent), local(gradient)))
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])

@@ -29,9 +29,10 @@ from reweight._passes.forward_mode import (
     plain_attention,
     tangents_follow_gradients,
 )
+from reweight._passes.hooks import through_hooks
 from reweight._passes.ladder import Ladder, NotCompiledError
 from reweight._passes.primal_cache import PrimalCache
-from reweight._ranks.collectives import is_sharded, sums_over_ranks
+from reweight._ranks.collectives import sums_over_ranks
 from reweight._ranks.shards import sharded_modules, whole
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss
@@ -158,23 +159,6 @@ def _direction(problem: MetaProblem, ahead: PseudoUpdate) -> tuple[MetaLoss, Par
     return meta_loss, dict(zip(ahead.gradients, tangents, strict=True))
 
 
-@torch.no_grad()
-def _through_hooks(parameter: Tensor, tangent: Tensor) -> Tensor:
-    """Back through the hooks that change the parameter's gradient before it reaches U.
-
-    They are taken as linear and symmetric, which masks, factors and projections are: so each is its
-    own transpose. Those of a sharded parameter are not called in a backward either.
-    """
-    hooks = parameter._backward_hooks
-    if not hooks or is_sharded(parameter):
-        return tangent
-    for hook in hooks.values():
-        tangent = tangent.clone()  # it may be changed in place
-        result = hook(tangent)
-        tangent = tangent if result is None else result
-    return tangent
-
-
 def _grad(
     outputs: Any, inputs: Any, cotangents: Any = None, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
@@ -226,7 +210,7 @@ class Estimator:
         def estimated(names: Iterable[str]) -> tuple[Tensor, Tensor]:
             """∂L_meta/∂w by way of these parameters, and what the check needs."""
             v = {name: direction[name] for name in names}
-            tangents = {n: _through_hooks(problem.everything[n], each) for n, each in v.items()}
+            tangents = through_hooks(problem.everything, v)
             product = self._dual_product(problem, tangents)
             if product is None:
                 product = difference_product(problem, tangents, self.ladder, self._remedy())

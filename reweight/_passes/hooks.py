@@ -1,11 +1,12 @@
 """Hooks of parameters: one that changes the gradient is part of the step, one that looks is not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from reweight._ranks.collectives import num_ranks
+from reweight._ranks.collectives import is_sharded, num_ranks
 from reweight._structure import structure_of
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -82,6 +83,27 @@ class GradientHooks:
             return result
 
         return watching
+
+
+@torch.no_grad()
+def through_hooks(
+    parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Back through the hooks that change a parameter's gradient before it reaches U, by name.
+
+    They are taken as linear and symmetric, which masks, factors and projections are: so each is its
+    own transpose. Those of a sharded parameter are not called in a backward either.
+    """
+    found = dict(tangents)
+    for name, tangent in tangents.items():
+        hooks = parameters[name]._backward_hooks
+        if hooks and not is_sharded(parameters[name]):
+            for hook in hooks.values():
+                tangent = tangent.clone()  # it may be changed in place
+                result = hook(tangent)
+                tangent = tangent if result is None else result
+            found[name] = tangent
+    return found
 
 
 def _look_away(gradient: Tensor) -> None:
