@@ -13,13 +13,13 @@ from torch import Tensor, nn, optim
 from torchopt.base import GradientTransformation
 
 from reweight._checks import kind
-from reweight._optimizers.rules import Group
 from reweight._optimizers.scalars import Refused
 from reweight._ranks.collectives import is_sharded
 from reweight._ranks.shards import parameters_of
 
 _logger = logging.getLogger("reweight")
 
+Group: TypeAlias = dict[str, Any]
 Parameters: TypeAlias = dict[str, Tensor]
 AnyOptimizer: TypeAlias = optim.Optimizer | torchopt.Optimizer
 Exactness: TypeAlias = Literal["exact", "gradient_descent"]

@@ -13,12 +13,13 @@ from torch import Tensor, optim
 from reweight._optimizers.accepted import (
     AnyOptimizer,
     Exactness,
+    Group,
     Parameters,
     PseudoUpdate,
     groups_of,
 )
 from reweight._optimizers.entries import differentiable
-from reweight._optimizers.rules import RULES, Group, by_rule
+from reweight._optimizers.rules import RULES, by_rule
 
 
 def pseudo_update(

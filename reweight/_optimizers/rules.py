@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, optim
 
+from reweight._optimizers.accepted import Group
 from reweight._optimizers.entries import Kind, Program, Slopes, kinds_of, taken
 from reweight._optimizers.slopes import Slope
 
-Group: TypeAlias = dict[str, Any]
 Moments: TypeAlias = Mapping[str, Tensor]
 Count: TypeAlias = float | Tensor
 Step: TypeAlias = tuple[Tensor, Tensor | float]

@@ -1,4 +1,4 @@
 """The user's model run again, without leaving a trace; these modules are for others."""
 
 __all__ = ["aliases", "compiled", "differences", "forward", "forward_mode", "hooks", "ladder",
-    "primal_cache", "snapshots"]  # fmt: skip
+    "primal_cache", "random_state", "snapshots"]  # fmt: skip

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from reweight._passes.memory import tensors_in
 from reweight._passes.operations import dual, have_tangents, is_continuous, unpack
-from reweight._passes.snapshots import RandomState
+from reweight._passes.random_state import RandomState
 
 Handler: TypeAlias = Callable[[Any, Callable[..., Any], Any], Any]
 """Gets the function, what applies it, and its arguments; returns the outputs."""

@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from reweight._passes.snapshots import RandomState
+from reweight._passes.random_state import RandomState
 
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _DOUBLE |= dict.fromkeys((torch.float16, torch.bfloat16), torch.float64)

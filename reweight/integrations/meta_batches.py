@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reweight._passes.snapshots import RandomState
+from reweight._passes.random_state import RandomState
 from reweight.batches import describe
 
 
