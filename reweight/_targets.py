@@ -43,7 +43,7 @@ def exits_of(
     if class_dim not in (None, -1):
         exits = [each.movedim(class_dim, -1) if each.dim() > 1 else each for each in exits]
     classes = "C" if target.dtype == torch.int64 else target.shape[-1]
-    for index, each in enumerate(exits):
+    for index, each in enumerate(exits, start=1):
         if not each.is_floating_point():
             raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
         if name == "logits" and each.shape[-1:] == (1,) and each.dim() > len(samples):
@@ -98,7 +98,7 @@ def classes_of(
     if wrong.any():
         raise ValueError(
             f"`target` must lie in 0..{fewest - 1}, the classes of exit "
-            f"{nums_classes.index(fewest)} (or equal `ignore_index`={ignore_index}), got "
+            f"{nums_classes.index(fewest) + 1} (or equal `ignore_index`={ignore_index}), got "
             f"{target[wrong][0].item()}."
         )
     return target, valid, ignore_index

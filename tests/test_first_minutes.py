@@ -196,12 +196,12 @@ PARTS: dict[str, tuple[Callable[[], MetaReweightStep], type[Exception], str]] = 
     "one class": (
         lambda: make(Net(output=lambda logits: [z[:, :1] for z in logits])),
         ValueError,
-        r"`logits` of exit 0 must be of two classes or more, got \[8, 1\]",
+        r"`logits` of exit 1 must be of two classes or more, got \[8, 1\]",
     ),
     "means returned": (
         lambda: make(Net(output=lambda logits: [z.mean(0) for z in logits])),
         ValueError,
-        r"`logits` of exit 0 must have the samples of the target first.*got \[4\]",
+        r"`logits` of exit 1 must have the samples of the target first.*got \[4\]",
     ),
     "a graph cut": (
         lambda: make(Net(output=lambda logits: [z.detach() for z in logits])),

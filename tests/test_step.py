@@ -705,7 +705,7 @@ def test_bad_calls_are_named_and_change_nothing(case: str, method: str) -> None:
     [
         (lambda z: {"logits": z}, TypeError, r"got a dict\(.*Pass `exits="),
         (lambda z: "logits", TypeError, "got str"),
-        (lambda z: [z, z.sum()], ValueError, "exit 1"),
+        (lambda z: [z, z.sum()], ValueError, "exit 2"),
         (lambda z: [z.detach(), z.detach()], ValueError, "without a graph"),
     ],
 )

@@ -15,10 +15,10 @@ from reweight._targets import classes_of, exits_of
         (torch.zeros(2, 3), torch.tensor([0, -1]), ValueError, r"got -1"),
         (torch.zeros(2, 3), torch.tensor([0, 1, 1]), ValueError, r"\[3, 'C'\], got \[2, 3\]"),
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ValueError, "at least one sample"),
-        ([torch.zeros(2, 3), torch.zeros(3, 3)], torch.tensor([0, 1]), ValueError, "exit 1"),
+        ([torch.zeros(2, 3), torch.zeros(3, 3)], torch.tensor([0, 1]), ValueError, "exit 2"),
         ([], torch.tensor([0, 1]), TypeError, "Pass `exits=`"),
         ({"logits": 1}, torch.tensor([0, 1]), TypeError, r"got a dict\(logits=int\)"),
-        (torch.zeros(()), torch.tensor([0]), ValueError, "exit 0"),
+        (torch.zeros(()), torch.tensor([0]), ValueError, "exit 1"),
         (
             torch.zeros(2, 3),
             torch.tensor([0.0, 1.0]),

@@ -90,7 +90,7 @@ def test_the_flop_counter_counts_the_products() -> None:
         ({"bias": torch.zeros(8)}, ValueError, r"`bias` must have the shape \[9\]"),
         ({"target": torch.full((6,), 9)}, ValueError, r"`target` must lie in 0..8"),
         ({"target": torch.rand(6, 9)}, TypeError, "class indices"),
-        ({"hidden": torch.zeros(5, 5)}, ValueError, "`hidden` of exit 0"),
+        ({"hidden": torch.zeros(5, 5)}, ValueError, "`hidden` of exit 1"),
         ({"label_smoothing": 2.0}, ValueError, "`label_smoothing`"),
         ({"softcap": 0.0}, ValueError, "`softcap` must be positive"),
         ({"z_loss": "1"}, TypeError, "`z_loss` must be a number"),
