@@ -58,11 +58,12 @@ def structure_of(model: nn.Module) -> Structure:
     That takes one look at each; to collect them anew, several times as long.
     """
     kept = _KEPT.get(model)
-    modules = None if kept is None else kept.modules()
-    if kept is None or modules is None:
-        kept, modules = _Kept(model), list(model.modules())
-        _KEPT[model] = kept
-    return kept.structure(modules)
+    structure = None if kept is None else kept.structure()
+    if structure is None:
+        kept = _KEPT[model] = _Kept(model)
+        structure = kept.structure()
+    assert structure is not None
+    return structure
 
 
 class _Kept:
@@ -76,17 +77,21 @@ class _Kept:
         self._members = [_nothing if each is None else weakref.ref(each) for each in members]
         self._is_none = list(map(is_, members, repeat(None)))
         self._held: list[_Held] = []
+        self._found: dict[str, dict[str, int]] = {"_parameters": {}, "_buffers": {}}
         first: dict[int, str] = {}
+        number = 0  # of the member
         for i, (prefix, module) in enumerate(named):
-            for kind in ("_parameters", "_buffers"):
-                for key, tensor in getattr(module, kind).items():
-                    if tensor is not None:
+            for kind in _PARTS:
+                for key, member in getattr(module, kind).items():
+                    if kind in self._found and member is not None:
                         path = f"{prefix}.{key}" if prefix else key
-                        name = first.setdefault(id(tensor), path)
+                        name = first.setdefault(id(member), path)
                         self._held.append((i, kind, key, path, name))
+                        self._found[kind][name] = number
+                    number += 1
 
-    def modules(self) -> list[nn.Module] | None:
-        """Them, or None if the model is another now."""
+    def structure(self) -> Structure | None:
+        """It, or None if the model is another now."""
         modules: list[Any] = [reference() for reference in self._modules]
         if any(map(is_, modules, repeat(None))):
             return None
@@ -96,14 +101,14 @@ class _Kept:
         is_none = list(map(is_, known, repeat(None)))
         if names != self._names or is_none != self._is_none or not all(map(is_, members, known)):
             return None
-        return modules
+        parameters, buffers = (
+            {name: members[number] for name, number in numbers.items()}
+            for numbers in self._found.values()
+        )
+        return Structure(modules, parameters, buffers, self._held)
 
-    def structure(self, modules: list[nn.Module]) -> Structure:
-        """What these modules hold."""
-        found: dict[str, dict[str, Any]] = {"_parameters": {}, "_buffers": {}}
-        for i, kind, key, _, name in self._held:
-            found[kind][name] = getattr(modules[i], kind)[key]
-        return Structure(modules, found["_parameters"], found["_buffers"], self._held)
+
+_PARTS = "_modules", "_parameters", "_buffers"
 
 
 def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:
@@ -111,9 +116,9 @@ def _members(modules: list[nn.Module]) -> tuple[list[str], list[Any]]:
     names: list[str] = []
     members: list[Any] = []
     for module in modules:
-        for part in (module._modules, module._parameters, module._buffers):
+        for part in (module._modules, module._parameters, module._buffers):  # as in _PARTS
             if part:
-                names += part
+                names += part.keys()
                 members += part.values()
     return names, members
 

@@ -25,7 +25,7 @@ class RandomState:
         self, devices: Iterable[torch.device], generators: Iterable[torch.Generator]
     ) -> None:
         self._python, self._bits, latest = random.getstate(), _numpy_bits(), RandomState._latest
-        if latest is not None and latest._is_numpys():
+        if latest is not None and latest._is_numpys(self._bits):
             self._numpy: Any = latest._numpy
         else:
             self._numpy, RandomState._latest = np.random.get_state(legacy=False), self
@@ -40,7 +40,7 @@ class RandomState:
     def restore(self) -> None:
         """Put the generators back to where they were."""
         random.setstate(self._python)
-        if not self._is_numpys():
+        if not self._is_numpys(_numpy_bits()):
             np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for generator, state in self._generators:
@@ -48,9 +48,9 @@ class RandomState:
         for device, state in self._others.items():
             getattr(torch, device.type).set_rng_state(state, device)
 
-    def _is_numpys(self) -> bool:
+    def _is_numpys(self, bits: bytes) -> bool:
         """Whether NumPy is seen to be where it was; a normal number kept back can't be seen."""
-        return bool(self._bits) and not self._numpy["has_gauss"] and self._bits == _numpy_bits()
+        return bool(bits) and not self._numpy["has_gauss"] and self._bits == bits
 
 
 def _numpy_bits() -> bytes:
