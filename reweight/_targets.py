@@ -44,33 +44,34 @@ def exits_of(
         exits = [each.movedim(class_dim, -1) if each.dim() > 1 else each for each in exits]
     classes = "C" if target.dtype == torch.int64 else target.shape[-1]
     for index, each in enumerate(exits, start=1):
+        shape = each.shape
         if not each.is_floating_point():
             raise TypeError(f"`{name}` of exit {index} must be floating point, got {each.dtype}.")
-        if name == "logits" and each.shape[-1:] == (1,) and each.dim() > len(samples):
+        if name == "logits" and shape[-1:] == (1,) and each.dim() > len(samples):
             raise ValueError(
-                f"`logits` of exit {index} must be of two classes or more, got {list(each.shape)}: "
+                f"`logits` of exit {index} must be of two classes or more, got {list(shape)}: "
                 "of one it is always 0. Pass `loss=`, (outputs, target) → losses [B, K]."
             )
         # Of a class index for each token or pixel; PyTorch has the classes second.
         second = class_dim is None and len(samples) > 1 and target.dtype == torch.int64
-        second = second and (*each.shape[:1], *each.shape[2:]) == samples
-        if second and each.shape[:-1] == samples:
+        second = second and (*shape[:1], *shape[2:]) == samples
+        if second and shape[:-1] == samples:
             raise ValueError(
-                f"`{name}` of exit {index} can be read in two ways, {list(each.shape)}: with the "
+                f"`{name}` of exit {index} can be read in two ways, {list(shape)}: with the "
                 "classes last, or second as in torch.nn.functional.cross_entropy. Pass "
                 "class_dim=-1 or class_dim=1."
             )
         if second:
             raise ValueError(
                 f"`{name}` of exit {index} must have the classes last, {[*samples, classes]}, got "
-                f"{list(each.shape)}. Pass class_dim=1, or {name}.movedim(1, -1)."
+                f"{list(shape)}. Pass class_dim=1, or {name}.movedim(1, -1)."
             )
-        if each.shape[:-1] != samples or each.numel() == 0 or classes not in ("C", each.shape[-1]):
+        if shape[:-1] != samples or each.numel() == 0 or classes not in ("C", shape[-1]):
             stacked = isinstance(tensors, Tensor) and tensors.shape[: len(samples)] == samples
             first = "One tensor has the exits first: logits.movedim(-2, 0). " if stacked else ""
             raise ValueError(
                 f"`{name}` of exit {index} must have the samples of the target first and one more "
-                f"dimension, {[*samples, classes]}, got {list(each.shape)}. "
+                f"dimension, {[*samples, classes]}, got {list(shape)}. "
                 f"{first}Class indices are one number for each sample: target.squeeze(-1) of a "
                 "column, target.argmax(-1) of rows of 0 and 1. Take input and target from the same "
                 "batch. If the model returns more than logits, pass `exits=`."

@@ -30,9 +30,9 @@ def forward(
     The target is [N, C] probabilities, or [N] classes, all valid if ``ignore_index`` is None.
     """
     if len(logits) > 1 and is_small(logits):  # one call for all exits costs what it does for one
-        repeated = target.expand(len(logits), *target.shape).flatten(0, 1)
+        repeated = torch.cat([target] * len(logits))
         rest = ignore_index, label_smoothing, class_weight
-        merged = forward([torch.cat(list(logits))], repeated, *rest)
+        merged = _of_exit(torch.cat(list(logits)), repeated, *rest)
         losses, confidence, correct = (each.view(len(logits), -1).t() for each in merged)
         return losses, confidence, correct
     parts = [_of_exit(rows, target, ignore_index, label_smoothing, class_weight) for rows in logits]

@@ -70,7 +70,7 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+        or any(map(torch._C._get_dispatch_mode, _TRACERS))
     )
 
 
