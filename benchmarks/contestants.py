@@ -4,13 +4,21 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Adam, Optimizer
 
 from nets import NETS, OPTIMIZERS, Batch, Net
 from peers import PEERS, Build, Step
-from reweight import MetaReweightStep, SampleReweighter
+from reweight import (
+    BudgetedObjective,
+    MetaReweightStep,
+    SampleReweighter,
+    exit_cross_entropy,
+)
 
 # Options of the step, and two of the benchmark: the share of the meta batch that is given (at 0 the
 # next train batch serves), and moves="half", the later half of the parameters.
@@ -32,7 +40,7 @@ MODES: dict[str, dict[str, object]] = {
     "finite differences": {"estimator": "finite_difference"},
     "unrolled": {"estimator": "unrolled"},
 }
-UNSUPPORTED = {("higher", "adamw")}
+UNSUPPORTED = {("higher", "adamw"), ("by hand", "adamw")}
 
 
 def plain(
@@ -70,6 +78,53 @@ def ours(
     return run
 
 
+def by_hand(
+    model: nn.Module, optimizer: Optimizer, g: SampleReweighter, g_optimizer: Optimizer
+) -> Step:
+    """Our exact step for momentum SGD with nothing around it: nothing checked, replayed, put back.
+
+    What a step costs at least in Python. It is right for models without buffers and randomness.
+    """
+    named = dict(model.named_parameters())
+    parameters, group = list(named.values()), optimizer.param_groups[0]
+    of_g = list(g.parameters())
+
+    def step(train: Batch, meta: Batch) -> None:
+        optimizer.zero_grad()
+        losses = exit_cross_entropy(model(train[0]), train[1])
+        shares = losses.sample_shares()
+        weights = g(losses)
+        gradients = torch.autograd.grad(
+            losses.losses, parameters, shares * weights.detach(), retain_graph=True
+        )
+        with torch.no_grad():
+            values = [p.detach() for p in parameters]
+            descents = torch._foreach_add(gradients, values, alpha=group["weight_decay"])
+            buffers = [optimizer.state[p].get("momentum_buffer") for p in parameters]
+            if all(buffer is not None for buffer in buffers):
+                torch._foreach_add_(descents, buffers, alpha=group["momentum"])
+            moved = torch._foreach_add(values, descents, alpha=-group["lr"])
+        moved = [each.requires_grad_() for each in moved]
+        logits = functional_call(model, dict(zip(named, moved, strict=True)), (meta[0],))
+        meta_loss = BudgetedObjective()(exit_cross_entropy(logits, meta[1])).value
+        tangents = torch._foreach_mul(torch.autograd.grad(meta_loss, moved), -group["lr"])
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            pairs = zip(named, values, tangents, strict=True)
+            duals = {name: forward_ad.make_dual(value, v) for name, value, v in pairs}
+            again = exit_cross_entropy(functional_call(model, duals, (train[0],)), train[1])
+            slopes = forward_ad.unpack_dual(again.losses).tangent
+        found = torch.autograd.grad(weights, of_g, shares * slopes)
+        for parameter, gradient in zip(of_g, found, strict=True):
+            parameter.grad = gradient
+        g_optimizer.step()
+        with torch.no_grad():
+            weights = g(losses)
+        losses.losses.backward(shares * weights)
+        optimizer.step()
+
+    return step
+
+
 def later_half(model: nn.Module) -> list[str]:
     """Names of the last parameters, in the order of the model, that hold half of all entries."""
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -82,6 +137,7 @@ def later_half(model: nn.Module) -> list[str]:
 
 CONTESTANTS: dict[str, Build] = {
     "plain": plain,
+    "by hand": by_hand,
     **{f"ours, {mode}": partial(ours, **options) for mode, options in MODES.items()},
     **PEERS,
 }

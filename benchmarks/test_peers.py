@@ -16,7 +16,7 @@ from peers import PEERS
 from reweight import SampleReweighter
 
 REFERENCE = "ours, forward"
-EXACT = ("ours, lean", "ours, unrolled", *PEERS)  # the others give something up
+EXACT = ("ours, lean", "ours, unrolled", "by hand", *PEERS)  # the others give something up
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
@@ -34,6 +34,8 @@ def test_trains_the_same(name: str, net_name: str, optimizer_name: str) -> None:
         for _ in range(2)
     )
     model = net.build().double()
+    if name == "by hand" and any(True for _ in model.buffers()):
+        pytest.skip("it lets the passes move them")
     optimizer = OPTIMIZERS[optimizer_name](model)
     optimizer.param_groups[0]["lr"] = 0.02  # a hypergradient worth comparing
     g = SampleReweighter(net.num_exits).double()
