@@ -93,8 +93,14 @@ def clip_gradients(gradients: Parameters, max_norm: float) -> Parameters:
 
 
 def _is_recorded(optimizer: optim.Optimizer) -> bool:
-    """Whether there is nothing else for it than its own step. A subclass may do anything in it."""
-    return type(optimizer) not in RULES or any(g.get("amsgrad") for g in optimizer.param_groups)
+    """Whether there is nothing else for it than its own step. A subclass may do anything in it.
+
+    With tensors for betas a class rounds their powers as they are typed, each in its own way.
+    """
+    return type(optimizer) not in RULES or any(
+        group.get("amsgrad") or any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+        for group in optimizer.param_groups
+    )
 
 
 def _by_own_step(

@@ -1,21 +1,16 @@
 """The next step of any optimizer of torch.optim's form, by its own ``step``."""
 
-import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.operations import LOW, Call
+from reweight._optimizers.own_step import By, copied, own_step, step_alone
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import valued
 from reweight._optimizers.twin import twin
-
-By = dict[int, Tensor]
-"""By the id of the parameter."""
 
 
 class RecordedStep(NamedTuple):
@@ -56,8 +51,8 @@ def recorded_step(
     """What the parameters would be after the next step, which is not taken.
 
     Values are bitwise those of the step. Where it computes in a lower precision than that of its
-    parameters, or by a fused kernel, which has no derivative, it runs twice: the derivative is that
-    of the same step in float32, unfused.
+    parameters, or by a fused kernel, which has no derivative, they are those of the step on copies,
+    and the derivative is that of the same step in float32, unfused.
 
     Args:
         optimizer: nothing of it changes.
@@ -71,8 +66,7 @@ def recorded_step(
     fused = any(group.get("fused") for group in optimizer.param_groups)
     if not (fused or first.recorder.is_widened):
         return first
-    constants = {key: None if g is None else g.detach() for key, g in gradients.items()}
-    values = record(optimizer, constants, None, False, unfused=False).parameters
+    values = own_step(optimizer, gradients, copied)
     return first._replace(
         parameters={key: valued(p, values[key]) for key, p in first.parameters.items()}
     )
@@ -84,14 +78,13 @@ def record(
     wide: torch.dtype | None,
     keeps_numbers: bool,
     *,
-    unfused: bool = True,
     default_dtype: torch.dtype | None = None,
     calls: list[Call] | None = None,
 ) -> RecordedStep:
     """A step that computes in that precision where it asks for a lower one."""
     new = twin(optimizer, gradients, lambda tensor: tensor.data)
     for group in new.optimizer.param_groups:
-        if unfused and group.get("fused"):
+        if group.get("fused"):
             group["fused"] = False
     recorder = Recorder(wide, keeps_numbers)
     recorder.calls = calls
@@ -103,25 +96,3 @@ def record(
         new.step()
     moved = {key for key, gradient in gradients.items() if gradient is not None}
     return RecordedStep({key: recorder.read(new.parameters[key]) for key in moved}, recorder)
-
-
-@contextmanager
-def step_alone(
-    parameters: Iterable[Tensor], default_dtype: torch.dtype | None = None
-) -> Iterator[None]:
-    """A step that draws what the next one will, runs uncompiled, and leaves no trace of it."""
-    devices = {p.device for p in parameters if p.device.type != "cpu"}
-    with ExitStack() as stack:
-        kinds = {device.type for device in devices} or {"cuda"}
-        for kind in kinds:
-            numbers = [device.index for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(default_dtype or torch.get_default_dtype())
-        if (numpy_random := sys.modules.get("numpy.random")) is not None:
-            stack.callback(numpy_random.set_state, numpy_random.get_state())
-        yield

@@ -7,23 +7,14 @@ device is waited for.
 import copy
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from reweight._optimizers.operations import LOW
+from reweight._optimizers.own_step import copied, own_step
 from reweight._optimizers.recorded_entries import entry_by_entry
-from reweight._optimizers.recorded_step import (
-    How,
-    RecordedStep,
-    record,
-    recorded_step,
-    step_alone,
-)
+from reweight._optimizers.recorded_step import How, RecordedStep, record, recorded_step
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import Refused
 from reweight._optimizers.twin import Alias, twin
@@ -47,7 +38,7 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
         How the step can be recorded, and whether it moves anything, without which little is known.
     """
     few, gradients = _few(optimizer, gradients)
-    own = _own_step(few, gradients, _copied, None)
+    own = own_step(few, gradients, copied)
     leaves = {k: None if g is None else g.clone().requires_grad_() for k, g in gradients.items()}
     how, ahead = _first_that_runs(few, leaves)
     moved = False
@@ -187,16 +178,6 @@ def _few(
     return few, {key: None if g is None else g.detach() for key, g in some.items()}
 
 
-def _own_step(
-    optimizer: optim.Optimizer, gradients: Gradients, alias: Alias, wide: torch.dtype | None
-) -> dict[int, Tensor]:
-    """θ̂ as the class's own step makes it, on copies of all that it holds."""
-    new = twin(optimizer, gradients, alias)
-    with step_alone(new.parameters.values(), wide), Widened(wide) if wide else nullcontext():
-        new.step()
-    return {key: p.detach() for key, p in new.parameters.items()}
-
-
 class _Slopes(NamedTuple):
     """⟨c, ∂θ̂/∂g·u⟩ for some c and u, and what it may be off."""
 
@@ -215,7 +196,7 @@ def _slopes(
     keeps_numbers: bool,
 ) -> _Slopes:
     """With everything in that precision, or, for None, in that of the parameters."""
-    alias: Alias = _copied if wide is None else lambda tensor: _copied(tensor, wide)
+    alias: Alias = copied if wide is None else lambda tensor: copied(tensor, wide)
     origin = twin(optimizer, gradients, alias)
     leaves = {
         id(p): p.grad.requires_grad_()
@@ -250,7 +231,7 @@ def _slopes(
 
     def at(h: float) -> float:
         moved = {key: g.detach() + h * u[key] for key, g in leaves.items()}
-        own = _own_step(origin.optimizer, moved, _copied, wide)
+        own = own_step(origin.optimizer, moved, copied, wide)
         offs = ((c[key] * (own[key] - ahead[key].detach())).sum() for key in ahead)
         return sum(float(whole(off)) for off in offs)
 
@@ -266,28 +247,7 @@ def _slopes(
     )
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    wanted = dtype if dtype and (tensor.dtype in LOW or tensor.dtype is torch.float32) else None
-    return tensor.detach().to(wanted or tensor.dtype, copy=True)
-
-
 def _finite(tensor: Tensor) -> Tensor:
     """With 0 for what is not finite."""
     result: Tensor = shard_like(tensor, torch.nan_to_num(local(tensor), 0, 0, 0))
     return result
-
-
-class Widened(TorchDispatchMode):
-    """What is asked for in a lower precision comes in this one."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._dtype = dtype
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("dtype") in (*LOW, torch.float32):
-            kwargs = {**kwargs, "dtype": self._dtype}
-        return func(*args, **kwargs)
