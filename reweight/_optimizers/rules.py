@@ -82,12 +82,14 @@ def adamax(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     """Adamax: m = β₁m + (1−β₁)d, n = max(β₂n, |d| + ε), s = m̂ / n."""
     (beta1, beta2), eps = group["betas"], group["eps"]
     first = 1 / (1 - beta1**count)
-    mean = first * _mean(moments.get("exp_avg"), d, beta1)
-    old, new = beta2 * moments.get("exp_inf", torch.zeros_like(d)), d.abs() + eps
+    mean = _mean(moments.get("exp_avg"), d, beta1).mul_(first)
+    old, size = beta2 * moments.get("exp_inf", torch.zeros_like(d)), d.abs()
+    new = size + eps
     largest = torch.maximum(old, new)
-    step = mean / largest
-    turned = torch.where(new >= old, d / d.abs(), 0)  # ∂n/∂d
-    return step, (first * (1 - beta1) - step * turned) / largest
+    step = mean.div_(largest)
+    # ∂n/∂d is d / |d| where n is new: what `where` comes to as well, ten times slower
+    turned = torch.ops.aten.threshold_backward(torch.div(d, size, out=size), new.sub_(old), 0)
+    return step, turned.mul_(step).neg_().add_(first * (1 - beta1)).div_(largest)
 
 
 RULES: dict[type[optim.Optimizer], Rule] = {

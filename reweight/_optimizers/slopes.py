@@ -40,6 +40,14 @@ class Slope:
             return self
         return Slope(self.scale, by if self.entries is None else self.entries * by)
 
+    def plus(self, other: "Slope", by: Tensor | float) -> "Slope":
+        """With so many of another."""
+        if not isinstance(by, Tensor) or other.entries is None or not (self.scale and other.scale):
+            return self + other * by
+        entries = by.new_ones(()) if self.entries is None else self.entries
+        product = torch.addcmul(entries, other.entries, by, value=other.scale / self.scale)
+        return Slope(self.scale, product)
+
     def __truediv__(self, by: Tensor | float) -> "Slope":
         if not isinstance(by, Tensor):
             return Slope(self.scale / by, self.entries)
@@ -59,30 +67,34 @@ class _Dual:
 _ONE = _Dual(1.0)
 # What comes of it and its arguments → its slope. Others, of which there are few, take a backward.
 _RULES: Mapping[str, Callable[..., Slope]] = {
+    "abs": lambda z, x: x.slope * x.value.sign(),
     "copy": lambda z, x, y, *rest: y.slope,
     "add": lambda z, x, y, alpha=_ONE: x.slope + y.slope * alpha.value,
     "sub": lambda z, x, y, alpha=_ONE: x.slope + y.slope * -alpha.value,
-    "mul": lambda z, x, y: x.slope * y.value + y.slope * x.value,
-    "div": lambda z, x, y: (x.slope + y.slope * -1.0 * z) / y.value,
+    "mul": lambda z, x, y: (x.slope * y.value).plus(y.slope, x.value),
+    "div": lambda z, x, y: x.slope.plus(y.slope * -1.0, z) / y.value,
     "sqrt": lambda z, x: x.slope * 0.5 / z,
     "addcmul": lambda z, x, a, b, value=_ONE: (
-        x.slope + (a.slope * b.value + b.slope * a.value) * value.value
+        x.slope + (a.slope * b.value).plus(b.slope, a.value) * value.value
     ),
     "addcdiv": lambda z, x, a, b, value=_ONE: (
-        x.slope + (a.slope + b.slope * -1.0 * (a.value / b.value)) / b.value * value.value
+        x.slope
+        + (a.slope.plus(b.slope * -1.0, a.value / b.value) if b.slope.scale else a.slope)
+        / b.value
+        * value.value
     ),
     "lerp": lambda z, x, y, weight: (
         x.slope * (1 - weight.value)
         + y.slope * weight.value
         + (weight.slope * (y.value - x.value) if weight.slope.scale else Slope())
     ),
-    "maximum": lambda z, x, y: _of_larger(z, x, y),
+    "maximum": lambda z, x, y: _of_larger(x, y),
 }
 
 
-def _of_larger(z: Tensor, x: _Dual, y: _Dual) -> Slope:
-    share = torch.heaviside(x.value - y.value, z.new_full((), 0.5))  # half, if they are equal
-    return x.slope * share + (y.slope * (1 - share) if y.slope.scale else Slope())
+def _of_larger(x: _Dual, y: _Dual) -> Slope:
+    side = (x.value - y.value).sign_()  # half of each, if they are equal
+    return (x.slope.plus(x.slope, side) + y.slope.plus(y.slope * -1.0, side)) * 0.5
 
 
 class _Place(int):
