@@ -10,7 +10,7 @@ from reweight._optimizers.operations import LOW, Call
 from reweight._optimizers.own_step import By, copied, own_step, step_alone
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import valued
-from reweight._optimizers.twin import twin
+from reweight._optimizers.twin import Twin, twin
 
 
 class RecordedStep(NamedTuple):
@@ -60,9 +60,7 @@ def recorded_step(
         how: what the class bears.
         calls: gets the operations of a step that goes entry by entry.
     """
-    is_low = any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
-    wide = torch.float32 if how.widened and not is_low else None
-    first = record(optimizer, gradients, wide, how.keeps_numbers, calls=calls)
+    first = record(optimizer, gradients, precision(optimizer, how), how.keeps_numbers, calls=calls)
     fused = any(group.get("fused") for group in optimizer.param_groups)
     if not (fused or first.recorder.is_widened):
         return first
@@ -83,16 +81,27 @@ def record(
 ) -> RecordedStep:
     """A step that computes in that precision where it asks for a lower one."""
     new = twin(optimizer, gradients, lambda tensor: tensor.data)
-    for group in new.optimizer.param_groups:
-        if group.get("fused"):
-            group["fused"] = False
     recorder = Recorder(wide, keeps_numbers)
     recorder.calls = calls
     for key, gradient in gradients.items():
         held = new.parameters[key].grad
         if held is not None and gradient is not None:
             recorder.write(held, gradient)
-    with step_alone(new.parameters.values(), default_dtype), recorder.numbers(), recorder:
-        new.step()
+    run(new, recorder, default_dtype)
     moved = {key for key, gradient in gradients.items() if gradient is not None}
     return RecordedStep({key: recorder.read(new.parameters[key]) for key in moved}, recorder)
+
+
+def run(new: Twin, recorder: Recorder, default_dtype: torch.dtype | None = None) -> None:
+    """Take the step of a twin, recorded."""
+    for group in new.optimizer.param_groups:
+        if group.get("fused"):
+            group["fused"] = False
+    with step_alone(new.parameters.values(), default_dtype), recorder.numbers(), recorder:
+        new.step()
+
+
+def precision(optimizer: optim.Optimizer, how: How) -> torch.dtype | None:
+    """What a step is recorded in where it asks for less; None for as it asks."""
+    is_low = any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
+    return torch.float32 if how.widened and not is_low else None

@@ -7,7 +7,7 @@ new value. So no memory is written: what the optimizer holds needs no copy and d
 no tensor that a backward needs is modified in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
 
     def numbers(self) -> NumbersKept:
         """To go around the step too: what no dispatch mode sees."""
-        return NumbersKept(self._number_of, self._constant_of, self._on_size)
+        return NumbersKept(self.number_of, self.constant_of, self._on_size)
 
     def read(self, tensor: Tensor) -> Tensor:
         """What this view of a storage holds now."""
@@ -95,19 +95,8 @@ class Recorder(TorchDispatchMode):
             return held.value
         if not is_plain:
             raise Refused("its step takes views of sharded parameters")
-        flat, dtype = _flat(held), held.value.dtype
-        if dtype.is_complex and tensor.is_floating_point():
-            flat = torch.view_as_real(flat).reshape(-1)
-        elif tensor.is_complex() and dtype.is_floating_point:
-            flat = torch.view_as_complex(flat.view(-1, 2))
-        elif dtype != tensor.dtype:
-            if flat.requires_grad:
-                raise Refused("its step reads the bits of numbers, as stochastic rounding does")
-            flat = flat.contiguous().view(tensor.dtype)
-        size, stride, offset, _ = geometry
-        if tensor.is_contiguous() and tensor.numel() == flat.numel():
-            return flat.reshape(size)
-        return flat.as_strided(size, stride, offset)
+        seen: Tensor = self.applied(lambda value: _viewed(held, value, tensor), held.value)
+        return seen
 
     def write(self, tensor: Tensor, value: Tensor) -> None:
         """Let this view of a storage hold that from now on."""
@@ -115,13 +104,31 @@ class Recorder(TorchDispatchMode):
         covers = storage.nbytes() == tensor.numel() * tensor.element_size()
         if _is_plain(tensor) and not (covers and tensor.is_contiguous()):
             everything = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-            value = _scatter(self.read(everything).clone(), value, geometry)
+            before, place = self.read(everything), geometry
+            value = self.applied(lambda all, new: _scatter(all.clone(), new, place), before, value)
             geometry = _geometry(everything)
         self._held[storage._cdata] = Held(storage, value, geometry)
 
     def recording(self) -> "_Recording":
         """With autograd, as outside of the step."""
         return _Recording(self._outside)
+
+    def applied(self, function: Callable[..., Any], *values: Tensor) -> Any:
+        """A function of values that are held."""
+        return function(*values)
+
+    def computed(self, function: Callable[..., Any], *values: Tensor) -> Any:
+        """The same from outside, for numbers."""
+        with self.recording():
+            return self.applied(function, *values)
+
+    def decided(self, value: Tensor) -> bool:
+        """What a condition comes to."""
+        return bool(value)
+
+    def make_constant(self) -> None:
+        """A number has lost its derivative."""
+        self.has_constants = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -148,25 +155,33 @@ class Recorder(TorchDispatchMode):
         olds = [kwargs[name] if name in kwargs else args[i] for i, name in op.written]
         values = [each(self._value, value) for value in args]
         named = {name: each(self._value, value) for name, value in kwargs.items()}
-        given = leaves([*values[op.name == "copy" :], *named.values()])  # not what is written over
-        tracked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
-        if any(type(value) is SymFloat for value in given):
-            results, tracked = results_with_numbers(func, op, values, named), True
-            self.is_entrywise = False
-        else:
-            results = results_of(func, op, values, named, tracked)
+        results, tracked = self.results(func, op, values, named)
         if self.calls is not None and self.is_entrywise:
             self.calls += calls_of(func, op, values, named, results)
         if tracked:
             self._note(func, op, results)
         if not op.written:
-            return self._bound(results)
+            return self.bound(results)
         for old, new in zip(tensors_in(olds), results, strict=True):
-            if old.shape != new.shape:  # of an operation that only writes there
-                memory = torch.empty_like(new).untyped_storage()
-                old.set_(memory, 0, new.shape, new.stride())
-            self.write(old, new)
+            self.replace(old, new)
         return (olds[0] if len(olds) == 1 else tuple(olds)) if func._schema.returns else None
+
+    def results(
+        self, func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """What it returns or would write, and whether it depends on a gradient."""
+        given = leaves([*values[op.name == "copy" :], *named.values()])  # not what is written over
+        if any(type(value) is SymFloat for value in given):
+            self.is_entrywise = False
+            return results_with_numbers(func, op, values, named), True
+        tracked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        return results_of(func, op, values, named, tracked), tracked
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """Write, of an operation that may give what it only writes to another shape."""
+        if old.shape != new.shape:
+            old.set_(torch.empty_like(new).untyped_storage(), 0, new.shape, new.stride())
+        self.write(old, new)
 
     def _note(self, func: OpOverload, op: Operation, results: Any) -> None:
         if op.name in SIGNS:
@@ -187,10 +202,10 @@ class Recorder(TorchDispatchMode):
                 return number
         return self.read(value)
 
-    def _bound(self, results: Any) -> Any:
+    def bound(self, results: Any) -> Any:
         """The same memory as tensors that the step may hold."""
         if isinstance(results, list | tuple):
-            return type(results)(map(self._bound, results))
+            return type(results)(map(self.bound, results))
         if not isinstance(results, Tensor) or not results.requires_grad:
             return results
         handle = results.data  # with a version counter of its own, as above
@@ -198,28 +213,27 @@ class Recorder(TorchDispatchMode):
         self._held[storage._cdata] = Held(storage, results, _geometry(handle))
         return handle
 
-    def _number_of(self, tensor: Tensor) -> Any:
+    def number_of(self, tensor: Tensor) -> Any:
+        """What its ``.item()`` gives."""
         with self.recording():
             value = self.read(tensor)
             if not value.requires_grad:
                 return value.item()
             if self._keeps_numbers:
-                return SymFloat(Number(value.double(), self.recording, self._make_constant))
-            self._make_constant()
+                return SymFloat(Number(value.double(), self))
+            self.make_constant()
             return value.detach().item()
 
-    def _constant_of(self, tensor: Tensor) -> Tensor:
+    def constant_of(self, tensor: Tensor) -> Tensor:
+        """For what makes constants."""
         with self.recording():
             value = self.read(tensor)
             if value.requires_grad:
-                self._make_constant()
+                self.make_constant()
             return value.detach()
 
     def _on_size(self) -> None:
         self.is_entrywise = False
-
-    def _make_constant(self) -> None:
-        self.has_constants = True
 
 
 class _Recording:
@@ -259,6 +273,22 @@ def _flat(held: Held) -> Tensor:
     if held.value.numel() == num_entries and _is_contiguous(size, stride):
         return held.value.reshape(-1)
     return _scatter(held.value.new_zeros(num_entries), held.value, held.geometry)
+
+
+def _viewed(held: Held, value: Tensor, tensor: Tensor) -> Tensor:
+    """What is held, as a view of its storage sees it."""
+    flat, dtype = _flat(held._replace(value=value)), value.dtype
+    if dtype.is_complex and tensor.is_floating_point():
+        flat = torch.view_as_real(flat).reshape(-1)
+    elif tensor.is_complex() and dtype.is_floating_point:
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    elif dtype != tensor.dtype:
+        if flat.requires_grad:
+            raise Refused("its step reads the bits of numbers, as stochastic rounding does")
+        flat = flat.contiguous().view(tensor.dtype)
+    if tensor.is_contiguous() and tensor.numel() == flat.numel():
+        return flat.reshape(tensor.size())
+    return flat.as_strided(*_geometry(tensor)[:3])
 
 
 def _is_contiguous(size: Sequence[int], stride: Sequence[int]) -> bool:

@@ -3,8 +3,7 @@
 import math
 import operator
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,25 +19,33 @@ class Refused(TypeError):
     """Why the step of an optimizer cannot be differentiated."""
 
 
+class Source(Protocol):
+    """Where numbers come from."""
+
+    def computed(self, function: Callable[..., Any], *values: Tensor) -> Any:
+        """The function of tensors, recorded."""
+
+    def decided(self, value: Tensor) -> bool:
+        """What a condition comes to."""
+
+    def make_constant(self) -> None:
+        """Is called where a number loses its derivative."""
+
+
 class Number:
     """What a ``torch.SymFloat`` stands for: a scalar tensor with its graph.
 
     The names are those that SymFloat calls. ``float(…)``, as of ``math.sqrt``, makes a constant of
-    it, which ``on_constant`` is called for.
+    it, which the source is told.
     """
 
     constant = None
 
-    def __init__(
-        self,
-        value: Tensor,
-        recording: Callable[[], AbstractContextManager[None]],
-        on_constant: Callable[[], None],
-    ) -> None:
-        self.value, self._recording, self._on_constant = value, recording, on_constant
+    def __init__(self, value: Tensor, source: Source) -> None:
+        self.value, self._source = value, source
 
     def _like(self, value: Tensor) -> "Number":
-        return Number(value, self._recording, self._on_constant)
+        return Number(value, self._source)
 
     def is_float(self) -> bool:
         return self.value.is_floating_point()
@@ -64,11 +71,11 @@ class Number:
 
     def guard_float(self, *where: Any) -> float:
         if self.value.requires_grad:
-            self._on_constant()
+            self._source.make_constant()
         return float(self.value.detach())
 
     def guard_bool(self, *where: Any) -> bool:
-        return bool(self.value)
+        return self._source.decided(self.value)
 
     expect_true = bool_ = guard_bool
 
@@ -80,8 +87,8 @@ class Number:
 
 def _method(function: Callable[..., Any]) -> Callable[..., Number]:
     def method(self: Number, *others: Number) -> Number:
-        with self._recording():
-            return self._like(function(self.value, *(other.value for other in others)))
+        values = (other.value for other in others)
+        return self._like(self._source.computed(function, self.value, *values))
 
     return method
 
@@ -106,6 +113,8 @@ def _by_python(function: Callable[..., Any], python: Callable[..., float]) -> Ca
     """To the last bit what Python computes; PyTorch's own may be another, by the processor."""
 
     def both(*values: Tensor) -> Tensor:
+        if any(value.dim() for value in values):  # of a batch
+            return function(*values)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():  # the step does not ask for these numbers
             exact = python(*(value.item() for value in values))
         near = function(*values)
