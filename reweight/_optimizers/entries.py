@@ -5,6 +5,7 @@ through a step together, and of a large one as much as a cache holds, for most o
 memory.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,13 +155,11 @@ def kinds_of(
 
     None where the optimizer holds more than entries and numbers, unless it is known to use no more.
     """
-    held = {} if is_known else vars(optimizer)
-    if not all(_is_number(value) for name, value in held.items() if name not in _PARTS):
+    if not is_known and not only_numbers(optimizer):
         return None
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for number, group in enumerate(optimizer.param_groups):
-        settings = (value for name, value in group.items() if name not in _PARTS)
-        if not is_known and (group.get("fused") or not all(map(_is_number, settings))):
+        if not is_known and group.get("fused"):
             return None
         for p in group["params"]:
             if gradients.get(id(p)) is None:
@@ -180,6 +179,12 @@ def kinds_of(
     return kinds
 
 
+def only_numbers(optimizer: optim.Optimizer) -> bool:
+    """Whether beside its state it holds no more, nor do its groups."""
+    held = itertools.chain(vars(optimizer).items(), *(g.items() for g in optimizer.param_groups))
+    return all(is_number(value) for name, value in held if name not in _PARTS)
+
+
 _PARTS = ("param_groups", "state", "params", "param_names", "step")
 
 
@@ -191,7 +196,7 @@ def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...
     found: list[Any] = [is_known or p.dim() or id(p), p.dtype, p.device, p.requires_grad]
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            if not _is_number(value):
+            if not is_number(value):
                 return None
             found.append((name, str(value)))
         elif value.shape == p.shape and p.dim():
@@ -204,12 +209,12 @@ def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...
     return tuple(found)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Or of numbers: the same for all entries."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_number(one) for key, one in value.items())
+        return all(isinstance(key, str) and is_number(one) for key, one in value.items())
     if isinstance(value, list | tuple):
-        return all(map(_is_number, value))
+        return all(map(is_number, value))
     if isinstance(value, Tensor):
         return not value.dim() and not value.requires_grad
     return value is None or isinstance(value, _NUMBERS)

@@ -96,10 +96,17 @@ def one_by_one(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     PyTorch lacks the derivatives of some of these, and some that it has are wrong (2.13, 2.14.1:
     those with a tensor for a number, addcdiv).
     """
+    return [by_name(name, *row, **options) for row, options in rows_of(args, kwargs)]
+
+
+def rows_of(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The arguments of each."""
     args = [a.unbind() if i == 3 and isinstance(a, Tensor) else a for i, a in enumerate(args)]
     length = max(len(value) for value in args if isinstance(value, list | tuple))
     columns = [value if isinstance(value, list | tuple) else [value] * length for value in args]
-    return [by_name(name, *row, **kwargs) for row in zip(*columns, strict=True)]
+    return ((list(row), dict(kwargs)) for row in zip(*columns, strict=True))
 
 
 def by_name(name: str, x: Any, *others: Any, **kwargs: Any) -> Tensor:

@@ -32,11 +32,13 @@ class How(NamedTuple):
         widened: in float32 where it asks for less; code of its own may not bear that.
         keeps_numbers: see :class:`Recorder`; code of its own may take no number but Python's.
         by_entries: whether many parameters can go through it as one.
+        in_batches: whether those that are alike can, each with all its entries.
     """
 
     widened: bool = True
     keeps_numbers: bool = True
     by_entries: bool = False
+    in_batches: bool = False
 
 
 USUAL = How()

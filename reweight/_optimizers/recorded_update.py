@@ -10,6 +10,7 @@ from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
 from reweight._optimizers.entries import differentiable, joined, parted, together
+from reweight._optimizers.recorded_batches import in_batches
 from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
 from reweight._optimizers.verification import kinds, verify
@@ -56,7 +57,8 @@ def by_recording(
         is_finite = torch.ones_like(num_cut, dtype=torch.bool)
         cut = _Cut.apply(is_finite, num_cut, *tracked.values())  # type: ignore[no-untyped-call]
         given = {**gradients, **dict(zip(tracked, cut, strict=True))}
-        parameters = recorded_step(optimizer, given, known.how).parameters
+        batched = in_batches(optimizer, given, known.how) if known.how.in_batches else None
+        parameters = batched or recorded_step(optimizer, given, known.how).parameters
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.own_step import copied, own_step
+from reweight._optimizers.entries import differentiable
+from reweight._optimizers.own_step import By, copied, own_step
+from reweight._optimizers.recorded_batches import in_batches
 from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import How, RecordedStep, record, recorded_step
 from reweight._optimizers.recorder import Recorder
@@ -61,42 +63,45 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
     except Exception:  # code of its own bears no precision but that of the parameters
         slopes = _slopes(few, gradients, None, how.keeps_numbers)
     _require_derivative(optimizer, slopes, moved)
-    return how._replace(by_entries=_goes_by_entries(few, leaves, how, ahead)), moved
+    return _faster(few, leaves, how, ahead), moved
 
 
-def _goes_by_entries(
-    optimizer: optim.Optimizer, leaves: Gradients, how: How, ahead: RecordedStep
-) -> bool:
-    """Whether the step and its derivative are the same if many parameters go through it as one."""
-    if not ahead.recorder.is_entrywise:
+def _faster(optimizer: optim.Optimizer, leaves: Gradients, how: How, ahead: RecordedStep) -> How:
+    """Recorded so that many parameters go through the step as one, if it is the same."""
+    if ahead.recorder.is_entrywise:
+        step = entry_by_entry(optimizer, leaves, how)
+        if step is not None and _is_same(
+            ahead.parameters, differentiable(step, leaves), leaves, 64
+        ):
+            return how._replace(by_entries=True)
+    if batched := in_batches(optimizer, leaves, how):
+        return how._replace(in_batches=_is_same(ahead.parameters, batched, leaves, 4096))
+    return how
+
+
+def _is_same(one: By, other: By, leaves: Gradients, rounding: int) -> bool:
+    """Whether values are, and derivatives but for so many times the precision."""
+    if not all(torch.equal(local(new.detach()), local(other[key])) for key, new in one.items()):
         return False
-    found = entry_by_entry(optimizer, leaves, how)
-    if found is None:
-        return False
-    moved = ahead.parameters
-    if not all(torch.equal(local(new.detach()), found.values[key]) for key, new in moved.items()):
-        return False
-    tracked = {key: new for key, new in moved.items() if new.requires_grad}
+    inputs = [g for g in leaves.values() if g is not None]
+    keys = [key for key, new in one.items() if new.requires_grad]
     generator = torch.Generator().manual_seed(0)
     cotangents = [
         shard_like(new, torch.rand(local(new).shape, generator=generator).to(new.device, new.dtype))
-        for new in tracked.values()
+        for new in (one[key] for key in keys)
     ]
-    inputs = {key: g for key, g in leaves.items() if g is not None}
-    derivatives = torch.autograd.grad(
-        list(tracked.values()),
-        list(inputs.values()),
-        cotangents,
-        allow_unused=True,
-        materialize_grads=True,
+    found = (
+        torch.autograd.grad(
+            [step[key] for key in keys],
+            inputs,
+            cotangents,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for step in (one, other)
     )
-    along = dict(zip(tracked, cotangents, strict=True))
-    for key, derivative in zip(inputs, derivatives, strict=True):
-        own = local(derivative).nan_to_num(0, 0, 0)
-        slope = found.slopes[key]
-        other = slope * local(along[key]) if key in along else slope
-        rounding = 64 * torch.finfo(own.dtype).eps
-        if not (own - other).norm() <= rounding * own.norm():
+    for own, new in ((local(a).nan_to_num(0, 0, 0), local(b)) for a, b in zip(*found, strict=True)):
+        if not (own - new).norm() <= rounding * torch.finfo(own.dtype).eps * own.norm():
             return False
     return True
 

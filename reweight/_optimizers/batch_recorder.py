@@ -1,0 +1,173 @@
+"""A step recorded of several parameters at once: each stands for a batch of others like it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymFloat, Tensor
+from torch._ops import OpOverload
+
+from reweight._optimizers.operations import (
+    Operation,
+    by_name,
+    each,
+    leaves,
+    results_of,
+    rows_of,
+    tensors_in,
+)
+from reweight._optimizers.recorder import Recorder
+from reweight._optimizers.scalars import Number, Refused
+
+
+class BatchRecorder(Recorder):
+    """What the step does to one parameter it does to all of its batch, in one operation.
+
+    The step sees one tensor; what is held for it has a dimension more, the first. Batches must not
+    meet, for then a parameter would count as often as there are others like it.
+
+    Attributes:
+        follows: by batch, which of its members the step is right for: where a condition is not the
+            same for all, it is decided as for most.
+    """
+
+    def __init__(self, wide: torch.dtype | None) -> None:
+        super().__init__(wide)
+        self.follows: list[Tensor] = []
+
+    def hold(self, handle: Tensor, members: Sequence[Tensor], batch: int) -> Tensor:
+        """Let a tensor stand for others, which are returned as one."""
+        if batch == len(self.follows):
+            self.follows.append(torch.ones(len(members), dtype=torch.bool, device=handle.device))
+        whole = torch.stack(list(members)) if len(members) > 1 else members[0].unsqueeze(0)
+        self.write(handle, _of(batch, whole))
+        return whole
+
+    def applied(self, function: Callable[..., Any], *values: Tensor) -> Any:
+        """A function of each member."""
+        batch = _batch_of(values)
+        if batch is None:
+            return function(*values)
+        dims = tuple(None if _batch_of([value]) is None else 0 for value in values)
+        return _of(batch, torch.vmap(function, dims)(*values))
+
+    def results(
+        self, func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """Of operations on lists each row by itself, for they may be of different batches."""
+        given = [_value_of(value) for value in leaves([*values, *named.values()])]
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        tracked = any(tensor.requires_grad for tensor in tensors)
+        if not any(_batch_of([tensor]) is not None for tensor in tensors):
+            return super().results(func, op, values, named)
+        if op.is_list:
+            rows = rows_of(values, named)
+            return [self._one(None, op, *row, tracked) for row in rows], tracked
+        return self._one(func, op, values, named, tracked), tracked
+
+    def _one(
+        self,
+        func: OpOverload | None,
+        op: Operation,
+        values: list[Any],
+        named: dict[str, Any],
+        tracked: bool,
+    ) -> Any:
+        """An operation whose tensors are of one batch; without a function it goes by its name."""
+        arguments = leaves([*values, *named.values()])
+        has_numbers = any(type(value) is SymFloat for value in arguments)
+        tensors = [value for value in map(_value_of, arguments) if isinstance(value, Tensor)]
+        batch = _batch_of(tensors)
+
+        def function(*members: Tensor) -> Any:
+            left = iter(members)
+
+            def put(value: Any) -> Any:
+                return next(left) if isinstance(_value_of(value), Tensor) else value
+
+            args = [each(put, value) for value in values]
+            options = {name: each(put, value) for name, value in named.items()}
+            if func is not None and not has_numbers:
+                return results_of(func, op, args, options, tracked)
+            first = tensors_in(args)[0]
+            result = by_name(op.name, *args, **options).to(first.dtype)
+            result = result.expand_as(first) if op.written else result
+            return [result] if op.written and func is not None else result
+
+        num_dims = {value.dim() for value in tensors if _batch_of([value]) is not None}
+        others = [value.dim() for value in tensors if _batch_of([value]) is None]
+        written = tensors_in(named[n] if n in named else values[i] for i, n in op.written)
+        if (
+            op.is_entrywise  # it is the same to all as one
+            and len(num_dims) == 1
+            and all(dim < max(num_dims) for dim in others)
+            and not (has_numbers or op.makes_constants)
+            and all(_batch_of([value]) is not None for value in written)
+        ):
+            return _of(batch, function(*tensors))
+        return self.applied(function, *tensors)
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """Write."""
+        if _batch_of([new]) is None:
+            super().replace(old, new)
+        elif old.shape != new.shape[1:]:
+            raise Refused("its step gives memory another shape")
+        else:
+            self.write(old, new)
+
+    def bound(self, results: Any) -> Any:
+        """Memory for one member."""
+        if not isinstance(results, Tensor) or _batch_of([results]) is None:
+            return super().bound(results)
+        handle = torch.empty_like(results.detach()[0], memory_format=torch.contiguous_format)
+        self.write(handle, results)
+        return handle
+
+    def number_of(self, tensor: Tensor) -> Any:
+        """One for each member."""
+        with self.recording():
+            value = self.read(tensor)
+            if _batch_of([value]) is None:
+                return super().number_of(tensor)
+            return SymFloat(Number(self.applied(Tensor.double, value), self))
+
+    def constant_of(self, tensor: Tensor) -> Tensor:
+        """None is that of all members."""
+        if _batch_of([self.read(tensor)]) is not None:
+            raise Refused("its step takes constants out of tensors")
+        return super().constant_of(tensor)
+
+    def decided(self, value: Tensor) -> bool:
+        """As for most of those that what was decided before is right for."""
+        batch = _batch_of([value])
+        if batch is None:
+            return super().decided(value)
+        follows = self.follows[batch]
+        answer = bool(value[follows].double().mean() >= 0.5)
+        self.follows[batch] = follows & (value == answer)
+        return answer
+
+    def make_constant(self) -> None:
+        """None is that of all members."""
+        raise Refused("its step takes constants out of tensors")
+
+
+def _value_of(value: Any) -> Any:
+    """The tensor that a number stands for."""
+    return value.node.value if type(value) is SymFloat else value
+
+
+def _of(batch: int | None, results: Any) -> Any:
+    """Say which batch tensors are of."""
+    for tensor in tensors_in([results]):
+        tensor.batch = batch  # type: ignore[attr-defined]
+    return results
+
+
+def _batch_of(tensors: Sequence[Tensor]) -> int | None:
+    """The one that all are of which are of any."""
+    found = {batch for t in tensors if (batch := getattr(t, "batch", None)) is not None}
+    if len(found) > 1:
+        raise Refused("parameters meet in its step")
+    return found.pop() if found else None

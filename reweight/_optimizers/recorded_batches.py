@@ -1,0 +1,139 @@
+"""A recorded step of many small parameters: those that are alike go through it as one.
+
+Recording costs Python for each operation, and most of these are the same for one parameter after
+another. So a few are recorded, each for a batch of others.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from reweight._optimizers.batch_recorder import BatchRecorder
+from reweight._optimizers.entries import is_number, only_numbers
+from reweight._optimizers.own_step import By, copied, own_step
+from reweight._optimizers.recorded_step import How, precision, run
+from reweight._optimizers.scalars import valued
+from reweight._optimizers.twin import twin
+from reweight._ranks.collectives import is_sharded
+
+_SMALL = 1 << 16  # entries; of more, calling operations is not what takes time
+
+
+def in_batches(
+    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], how: How
+) -> By | None:
+    """θ̂ by the id of the parameter, with values bitwise those of the step.
+
+    None where little would be gained, or where the step is not the same for all of a batch.
+
+    Args:
+        optimizer: nothing of it changes.
+        gradients: by the id of the parameter; None for none.
+        how: what the class bears.
+    """
+    batches = _batches(optimizer, gradients)
+    if 2 * len(batches) > sum(map(len, batches)) or not how.keeps_numbers:
+        return None
+    values = own_step(optimizer, gradients, copied)
+    found: By = {}
+    try:
+        while batches:
+            batches = _take(optimizer, gradients, batches, how, values, found)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it asks for what a batch has not
+        return None
+    return found
+
+
+def _batches(
+    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None]
+) -> list[list[Tensor]]:
+    """Those that are alike, in two: what is done to all of them would not show in one."""
+    if not only_numbers(optimizer):
+        return []
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if (gradient := gradients.get(id(p))) is not None:
+                if is_sharded(p) or p.is_complex() or not p.dim():
+                    return []
+                like = _like(p, gradient, optimizer.state.get(p, {}))
+                alike[(number, *like)].append(p)
+    halves = ((one[: (len(one) + 1) // 2], one[(len(one) + 1) // 2 :]) for one in alike.values())
+    return [half for two in halves for half in two if half]
+
+
+def _like(p: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What those of one batch have alike."""
+    is_small = p.numel() <= _SMALL and not vars(p)
+    moves = p.requires_grad, gradient.requires_grad
+    found: list[Any] = [is_small or id(p), moves, p.shape, p.dtype, p.device]
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dim():
+            found.append((name, value.shape, value.dtype, value.device))
+        elif isinstance(value, Tensor):
+            found.append((name, value.item() if value.device.type == "cpu" else id(value)))
+        else:
+            found.append((name, str(value) if is_number(value) else id(value)))
+    return tuple(found)
+
+
+def _take(
+    optimizer: optim.Optimizer,
+    gradients: Mapping[int, Tensor | None],
+    batches: list[list[Tensor]],
+    how: How,
+    values: By,
+    found: By,
+) -> list[list[Tensor]]:
+    """The step of those whose conditions are as for most of their batch; the others are left."""
+    firsts = {id(batch[0]) for batch in batches}
+    some = object.__new__(type(optimizer))
+    some.__dict__.update(vars(optimizer))
+    some.state = defaultdict(dict)
+    some.state.update({b[0]: optimizer.state[b[0]] for b in batches if b[0] in optimizer.state})
+    some.param_groups = [
+        {**group, "params": [p for p in group["params"] if id(p) in firsts]}
+        for group in optimizer.param_groups
+    ]
+    for group in some.param_groups:
+        group.pop("param_names", None)
+    new = twin(some, {key: gradients[key] for key in firsts}, _alias)
+    recorder, starts = BatchRecorder(precision(optimizer, how)), []
+    for number, members in enumerate(batches):
+        p: Tensor = new.parameters[id(members[0])]
+        given = [g for one in members if (g := gradients[id(one)]) is not None]
+        assert p.grad is not None
+        recorder.hold(p, [one.detach() for one in members], number)
+        starts.append(recorder.hold(p.grad, given, number))
+        for name, value in new.optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                recorder.hold(value, [optimizer.state[one][name] for one in members], number)
+    run(new, recorder)
+    left = []
+    for members, start, follows in zip(batches, starts, recorder.follows, strict=True):
+        moved = recorder.read(new.parameters[id(members[0])])
+        if start.requires_grad and not follows.all():
+            start.register_hook(partial(_kept, follows))
+        exact = valued(moved, torch.stack([values[id(p)] for p in members]))
+        does = follows.tolist()
+        found.update((id(p), one) for p, one, it in zip(members, exact, does, strict=True) if it)
+        left.append([p for p, it in zip(members, does, strict=True) if not it])
+    return [members for members in left if members]
+
+
+def _kept(follows: Tensor, derivative: Tensor) -> Tensor:
+    """Of others not even 0 · ∞."""
+    return torch.where(follows.view(-1, *[1] * (derivative.dim() - 1)), derivative, 0)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Memory for what stands for others; counts are the same for all."""
+    if not tensor.dim():
+        return tensor.data
+    return torch.empty_like(tensor.data, memory_format=torch.contiguous_format)
