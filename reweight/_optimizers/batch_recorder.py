@@ -48,8 +48,12 @@ class BatchRecorder(Recorder):
         batch = _batch_of(values)
         if batch is None:
             return function(*values)
-        dims = tuple(None if _batch_of([value]) is None else 0 for value in values)
+        dims = tuple(0 if _is_batch(value) else None for value in values)
         return _of(batch, torch.vmap(function, dims)(*values))
+
+    def computed(self, function: Callable[..., Any], *values: Tensor) -> Any:
+        """Of numbers, one for each member, or one for all."""
+        return _of(_batch_of(values), super().computed(function, *values))
 
     def results(
         self, func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
@@ -58,7 +62,7 @@ class BatchRecorder(Recorder):
         given = [_value_of(value) for value in leaves([*values, *named.values()])]
         tensors = [value for value in given if isinstance(value, Tensor)]
         tracked = any(tensor.requires_grad for tensor in tensors)
-        if not any(_batch_of([tensor]) is not None for tensor in tensors):
+        if not any(map(_is_batch, tensors)):
             return super().results(func, op, values, named)
         if op.is_list:
             rows = rows_of(values, named)
@@ -94,22 +98,18 @@ class BatchRecorder(Recorder):
             result = result.expand_as(first) if op.written else result
             return [result] if op.written and func is not None else result
 
-        num_dims = {value.dim() for value in tensors if _batch_of([value]) is not None}
-        others = [value.dim() for value in tensors if _batch_of([value]) is None]
         written = tensors_in(named[n] if n in named else values[i] for i, n in op.written)
-        if (
-            op.is_entrywise  # it is the same to all as one
-            and len(num_dims) == 1
-            and all(dim < max(num_dims) for dim in others)
-            and not (has_numbers or op.makes_constants)
-            and all(_batch_of([value]) is not None for value in written)
-        ):
-            return _of(batch, function(*tensors))
+        if op.is_entrywise and not op.makes_constants and all(map(_is_batch, written)):
+            num_dims = max(value.dim() - _is_batch(value) for value in tensors)
+            batched = [value for value in tensors if _is_batch(value)]
+            alike = len({value.dtype for value in batched}) == 1
+            if alike or has_numbers or all(value.dim() > num_dims for value in batched):
+                return _of(batch, function(*(_broad(value, num_dims) for value in tensors)))
         return self.applied(function, *tensors)
 
     def replace(self, old: Tensor, new: Tensor) -> None:
         """Write."""
-        if _batch_of([new]) is None:
+        if not _is_batch(new):
             super().replace(old, new)
         elif old.shape != new.shape[1:]:
             raise Refused("its step gives memory another shape")
@@ -118,7 +118,7 @@ class BatchRecorder(Recorder):
 
     def bound(self, results: Any) -> Any:
         """Memory for one member."""
-        if not isinstance(results, Tensor) or _batch_of([results]) is None:
+        if not isinstance(results, Tensor) or not _is_batch(results):
             return super().bound(results)
         handle = torch.empty_like(results.detach()[0], memory_format=torch.contiguous_format)
         self.write(handle, results)
@@ -128,22 +128,21 @@ class BatchRecorder(Recorder):
         """One for each member."""
         with self.recording():
             value = self.read(tensor)
-            if _batch_of([value]) is None:
+            if not _is_batch(value):
                 return super().number_of(tensor)
-            return SymFloat(Number(self.applied(Tensor.double, value), self))
+            return SymFloat(Number(_of(value.batch, value.double()), self))  # type: ignore[attr-defined]
 
     def constant_of(self, tensor: Tensor) -> Tensor:
         """None is that of all members."""
-        if _batch_of([self.read(tensor)]) is not None:
+        if _is_batch(self.read(tensor)):
             raise Refused("its step takes constants out of tensors")
         return super().constant_of(tensor)
 
     def decided(self, value: Tensor) -> bool:
         """As for most of those that what was decided before is right for."""
-        batch = _batch_of([value])
-        if batch is None:
+        if not _is_batch(value):
             return super().decided(value)
-        follows = self.follows[batch]
+        follows = self.follows[batch := _batch_of([value]) or 0]
         answer = bool(value[follows].double().mean() >= 0.5)
         self.follows[batch] = follows & (value == answer)
         return answer
@@ -156,6 +155,18 @@ class BatchRecorder(Recorder):
 def _value_of(value: Any) -> Any:
     """The tensor that a number stands for."""
     return value.node.value if type(value) is SymFloat else value
+
+
+def _is_batch(tensor: Tensor) -> bool:
+    return getattr(tensor, "batch", None) is not None
+
+
+def _broad(tensor: Tensor, num_dims: int) -> Tensor:
+    """With so many dimensions for each member, as entries of its result are by broadcasting."""
+    missing = num_dims + 1 - tensor.dim()
+    if not missing or not _is_batch(tensor):
+        return tensor
+    return tensor.view(tensor.shape[0], *[1] * missing, *tensor.shape[1:])
 
 
 def _of(batch: int | None, results: Any) -> Any:

@@ -35,14 +35,18 @@ def in_batches(
         gradients: by the id of the parameter; None for none.
         how: what the class bears.
     """
-    batches = _batches(optimizer, gradients)
+    kinds = _kinds(optimizer, gradients)
+    # Of each in two: what becomes of all of them together would not show in one.
+    batches = [half for kind in kinds for half in (kind[::2], kind[1::2]) if half]
     if 2 * len(batches) > sum(map(len, batches)) or not how.keeps_numbers:
         return None
     values = own_step(optimizer, gradients, copied)
     found: By = {}
     try:
         while batches:
-            batches = _take(optimizer, gradients, batches, how, values, found)
+            _take(optimizer, gradients, batches, how, values, found)
+            left = ([p for p in kind if id(p) not in found] for kind in kinds)
+            batches = [kind for kind in left if kind]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it asks for what a batch has not
@@ -50,10 +54,10 @@ def in_batches(
     return found
 
 
-def _batches(
+def _kinds(
     optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None]
 ) -> list[list[Tensor]]:
-    """Those that are alike, in two: what is done to all of them would not show in one."""
+    """Those that are alike; none where the optimizer holds what may be of each."""
     if not only_numbers(optimizer):
         return []
     alike: dict[Any, list[Tensor]] = defaultdict(list)
@@ -64,8 +68,7 @@ def _batches(
                     return []
                 like = _like(p, gradient, optimizer.state.get(p, {}))
                 alike[(number, *like)].append(p)
-    halves = ((one[: (len(one) + 1) // 2], one[(len(one) + 1) // 2 :]) for one in alike.values())
-    return [half for two in halves for half in two if half]
+    return list(alike.values())
 
 
 def _like(p: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -90,8 +93,8 @@ def _take(
     how: How,
     values: By,
     found: By,
-) -> list[list[Tensor]]:
-    """The step of those whose conditions are as for most of their batch; the others are left."""
+) -> None:
+    """Find the step of those whose conditions are as for most of their batch."""
     firsts = {id(batch[0]) for batch in batches}
     some = object.__new__(type(optimizer))
     some.__dict__.update(vars(optimizer))
@@ -115,16 +118,13 @@ def _take(
             if isinstance(value, Tensor) and value.dim():
                 recorder.hold(value, [optimizer.state[one][name] for one in members], number)
     run(new, recorder)
-    left = []
     for members, start, follows in zip(batches, starts, recorder.follows, strict=True):
         moved = recorder.read(new.parameters[id(members[0])])
         if start.requires_grad and not follows.all():
             start.register_hook(partial(_kept, follows))
         exact = valued(moved, torch.stack([values[id(p)] for p in members]))
-        does = follows.tolist()
-        found.update((id(p), one) for p, one, it in zip(members, exact, does, strict=True) if it)
-        left.append([p for p, it in zip(members, does, strict=True) if not it])
-    return [members for members in left if members]
+        pairs = zip(members, exact, follows.tolist(), strict=True)
+        found.update((id(p), one) for p, one, does in pairs if does)
 
 
 def _kept(follows: Tensor, derivative: Tensor) -> Tensor:

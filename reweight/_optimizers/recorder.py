@@ -118,9 +118,9 @@ class Recorder(TorchDispatchMode):
         return function(*values)
 
     def computed(self, function: Callable[..., Any], *values: Tensor) -> Any:
-        """The same from outside, for numbers."""
-        with self.recording():
-            return self.applied(function, *values)
+        """The same of numbers, which the step does not ask for."""
+        with self.recording(), torch._C.DisableTorchFunction():
+            return function(*values)
 
     def decided(self, value: Tensor) -> bool:
         """What a condition comes to."""

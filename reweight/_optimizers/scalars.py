@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -62,7 +63,8 @@ class Number:
     is_constant = is_nested_int = is_int
 
     def wrap_float(self, number: float) -> "Number":
-        return self._like(torch.full((), float(number), dtype=torch.float64))
+        value = self._source.computed(partial(torch.tensor, float(number), dtype=torch.float64))
+        return self._like(value)
 
     wrap_int = wrap_float
 
@@ -115,8 +117,7 @@ def _by_python(function: Callable[..., Any], python: Callable[..., float]) -> Ca
     def both(*values: Tensor) -> Tensor:
         if any(value.dim() for value in values):  # of a batch
             return function(*values)  # type: ignore[no-any-return]
-        with torch._C.DisableTorchFunction():  # the step does not ask for these numbers
-            exact = python(*(value.item() for value in values))
+        exact = python(*(value.item() for value in values))
         near = function(*values)
         return valued(near, torch.full_like(near, exact))
 
