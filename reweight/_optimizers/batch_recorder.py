@@ -1,5 +1,6 @@
 """A step recorded of several parameters at once: each stands for a batch of others like it."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,12 +34,12 @@ class BatchRecorder(Recorder):
 
     def __init__(self, wide: torch.dtype | None) -> None:
         super().__init__(wide)
-        self.follows: list[Tensor] = []
+        self.follows: list[list[bool]] = []
 
     def hold(self, handle: Tensor, members: Sequence[Tensor], batch: int) -> Tensor:
         """Let a tensor stand for others, which are returned as one."""
         if batch == len(self.follows):
-            self.follows.append(torch.ones(len(members), dtype=torch.bool, device=handle.device))
+            self.follows.append([True] * len(members))
         whole = torch.stack(list(members)) if len(members) > 1 else members[0].unsqueeze(0)
         self.write(handle, _of(batch, whole))
         return whole
@@ -140,11 +141,14 @@ class BatchRecorder(Recorder):
 
     def decided(self, value: Tensor) -> bool:
         """As for most of those that what was decided before is right for."""
-        if not _is_batch(value):
+        batch = _batch_of([value])
+        if batch is None:
             return super().decided(value)
-        follows = self.follows[batch := _batch_of([value]) or 0]
-        answer = bool(value[follows].double().mean() >= 0.5)
-        self.follows[batch] = follows & (value == answer)
+        holds, follows = self.computed(Tensor.tolist, value), self.follows[batch]
+        answer: bool = 2 * sum(itertools.compress(holds, follows)) >= sum(follows)
+        self.follows[batch] = [
+            does and one == answer for does, one in zip(follows, holds, strict=True)
+        ]
         return answer
 
     def make_constant(self) -> None:

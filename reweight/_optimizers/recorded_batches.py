@@ -20,7 +20,7 @@ from reweight._optimizers.scalars import valued
 from reweight._optimizers.twin import twin
 from reweight._ranks.collectives import is_sharded
 
-_SMALL = 1 << 16  # entries; of more, calling operations is not what takes time
+_SMALL = 1 << 14  # entries; of more, calling operations is not what takes time
 
 
 def in_batches(
@@ -36,8 +36,8 @@ def in_batches(
         how: what the class bears.
     """
     kinds = _kinds(optimizer, gradients)
-    # Of each in two: what becomes of all of them together would not show in one.
-    batches = [half for kind in kinds for half in (kind[::2], kind[1::2]) if half]
+    # One of each kind goes by itself: what becomes of several together would not show in one batch.
+    batches = [batch for kind in kinds for batch in (kind[:-1], kind[-1:]) if batch]
     if 2 * len(batches) > sum(map(len, batches)) or not how.keeps_numbers:
         return None
     values = own_step(optimizer, gradients, copied)
@@ -120,10 +120,10 @@ def _take(
     run(new, recorder)
     for members, start, follows in zip(batches, starts, recorder.follows, strict=True):
         moved = recorder.read(new.parameters[id(members[0])])
-        if start.requires_grad and not follows.all():
-            start.register_hook(partial(_kept, follows))
+        if start.requires_grad and not all(follows):
+            start.register_hook(partial(_kept, torch.tensor(follows, device=start.device)))
         exact = valued(moved, torch.stack([values[id(p)] for p in members]))
-        pairs = zip(members, exact, follows.tolist(), strict=True)
+        pairs = zip(members, exact, follows, strict=True)
         found.update((id(p), one) for p, one, does in pairs if does)
 
 

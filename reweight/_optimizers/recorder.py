@@ -124,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
     def decided(self, value: Tensor) -> bool:
         """What a condition comes to."""
-        return bool(value)
+        return bool(self.computed(bool, value))
 
     def make_constant(self) -> None:
         """A number has lost its derivative."""
