@@ -40,7 +40,7 @@ class BatchRecorder(Recorder):
         """Let a tensor stand for others, which are returned as one."""
         if batch == len(self.follows):
             self.follows.append([True] * len(members))
-        whole = torch.stack(list(members)) if len(members) > 1 else members[0].unsqueeze(0)
+        whole = torch.stack(list(members))
         self.write(handle, _of(batch, whole))
         return whole
 
@@ -60,6 +60,8 @@ class BatchRecorder(Recorder):
         self, func: OpOverload, op: Operation, values: list[Any], named: dict[str, Any]
     ) -> tuple[Any, bool]:
         """Of operations on lists each row by itself, for they may be of different batches."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Refused("its step draws numbers")  # for each member others
         given = [_value_of(value) for value in leaves([*values, *named.values()])]
         tensors = [value for value in given if isinstance(value, Tensor)]
         tracked = any(tensor.requires_grad for tensor in tensors)

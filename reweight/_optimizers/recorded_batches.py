@@ -20,7 +20,7 @@ from reweight._optimizers.scalars import valued
 from reweight._optimizers.twin import twin
 from reweight._ranks.collectives import is_sharded
 
-_SMALL = 1 << 14  # entries; of more, calling operations is not what takes time
+_FEW = 1 << 20  # entries of all; of more, calling operations is not what takes time
 
 
 def in_batches(
@@ -38,7 +38,9 @@ def in_batches(
     kinds = _kinds(optimizer, gradients)
     # One of each kind goes by itself: what becomes of several together would not show in one batch.
     batches = [batch for kind in kinds for batch in (kind[:-1], kind[-1:]) if batch]
-    if 2 * len(batches) > sum(map(len, batches)) or not how.keeps_numbers:
+    num_entries = sum(p.numel() for kind in kinds for p in kind)
+    is_gain = 2 * len(batches) <= sum(map(len, batches)) and num_entries <= _FEW
+    if not (batches and is_gain and how.keeps_numbers):
         return None
     values = own_step(optimizer, gradients, copied)
     found: By = {}
@@ -73,9 +75,8 @@ def _kinds(
 
 def _like(p: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> tuple[Any, ...]:
     """What those of one batch have alike."""
-    is_small = p.numel() <= _SMALL and not vars(p)
     moves = p.requires_grad, gradient.requires_grad
-    found: list[Any] = [is_small or id(p), moves, p.shape, p.dtype, p.device]
+    found: list[Any] = [id(p) if vars(p) else 0, moves, p.shape, p.dtype, p.device]
     for name, value in state.items():
         if isinstance(value, Tensor) and value.dim():
             found.append((name, value.shape, value.dtype, value.device))

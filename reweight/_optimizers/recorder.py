@@ -288,6 +288,8 @@ def _viewed(held: Held, value: Tensor, tensor: Tensor) -> Tensor:
         flat = flat.contiguous().view(tensor.dtype)
     if tensor.is_contiguous() and tensor.numel() == flat.numel():
         return flat.reshape(tensor.size())
+    if flat.storage_offset() or not flat.is_contiguous():  # as_strided counts from the storage
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.as_strided(*_geometry(tensor)[:3])
 
 

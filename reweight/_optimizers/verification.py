@@ -6,7 +6,8 @@ device is waited for.
 
 import copy
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -70,17 +71,18 @@ def _faster(optimizer: optim.Optimizer, leaves: Gradients, how: How, ahead: Reco
     """Recorded so that many parameters go through the step as one, if it is the same."""
     if ahead.recorder.is_entrywise:
         step = entry_by_entry(optimizer, leaves, how)
-        if step is not None and _is_same(
-            ahead.parameters, differentiable(step, leaves), leaves, 64
-        ):
+        if step and _is_same(ahead, differentiable(step, leaves), leaves, lambda eps: 64 * eps):
             return how._replace(by_entries=True)
     if batched := in_batches(optimizer, leaves, how):
-        return how._replace(in_batches=_is_same(ahead.parameters, batched, leaves, 4096))
+        return how._replace(in_batches=_is_same(ahead, batched, leaves, math.sqrt))
     return how
 
 
-def _is_same(one: By, other: By, leaves: Gradients, rounding: int) -> bool:
-    """Whether values are, and derivatives but for so many times the precision."""
+def _is_same(
+    ahead: RecordedStep, other: By, leaves: Gradients, rounding: Callable[[float], float]
+) -> bool:
+    """Whether values are, and derivatives but for rounding, of so much in that precision."""
+    one = ahead.parameters
     if not all(torch.equal(local(new.detach()), local(other[key])) for key, new in one.items()):
         return False
     inputs = [g for g in leaves.values() if g is not None]
@@ -101,7 +103,8 @@ def _is_same(one: By, other: By, leaves: Gradients, rounding: int) -> bool:
         for step in (one, other)
     )
     for own, new in ((local(a).nan_to_num(0, 0, 0), local(b)) for a, b in zip(*found, strict=True)):
-        if not (own - new).norm() <= rounding * torch.finfo(own.dtype).eps * own.norm():
+        dtype = torch.float32 if ahead.recorder.is_widened else own.dtype
+        if not (own - new).norm() <= rounding(torch.finfo(dtype).eps) * own.norm():
             return False
     return True
 

@@ -169,6 +169,23 @@ def test_a_view_that_is_written_to_keeps_the_derivative_of_the_rest() -> None:
     assert torch.equal(torch.autograd.grad(moved, g, c)[0], c * factor)
 
 
+@pytest.mark.parametrize("part", [lambda both: both[1], lambda both: both[..., 1].T.mT])
+def test_a_view_of_what_was_copied_from_a_view(part) -> None:
+    class Copies(TrustRatio):
+        @torch.no_grad()
+        def step(self) -> None:
+            (p,) = self.param_groups[0]["params"]
+            both = part(torch.stack([p.grad, 2 * p.grad, 3 * p.grad]))
+            p.sub_(torch.zeros(3, 3).copy_(both).t())
+
+    p = nn.Parameter(torch.zeros(3, 3))
+    g, c = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3)
+    (moved,) = recorded_step(Copies([p]), {id(p): g}).parameters.values()
+    expected = -part(torch.stack([g, 2 * g, 3 * g])).t()
+    assert torch.equal(moved, expected)
+    assert torch.equal(*(torch.autograd.grad(new, g, c)[0] for new in (moved, expected)))
+
+
 def test_nothing_reaches_memory_by_a_resize() -> None:
     class Resizes(TrustRatio):
         @torch.no_grad()
