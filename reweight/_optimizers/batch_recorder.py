@@ -12,6 +12,7 @@ from reweight._optimizers.operations import (
     Operation,
     by_name,
     each,
+    has_derivative,
     leaves,
     results_of,
     rows_of,
@@ -68,9 +69,12 @@ class BatchRecorder(Recorder):
         if not any(map(_is_batch, tensors)):
             return super().results(func, op, values, named)
         if op.is_list:
-            rows = rows_of(values, named)
-            return [self._one(None, op, *row, tracked) for row in rows], tracked
-        return self._one(func, op, values, named, tracked), tracked
+            found = [self._one(None, op, *row) for row in rows_of(values, named)]
+        else:
+            found = self._one(func, op, values, named)
+        if any(new.requires_grad and not has_derivative(new) for new in tensors_in([found])):
+            raise Refused(f"its step calls {func}, which has no derivative")
+        return found, tracked
 
     def _one(
         self,
@@ -78,7 +82,6 @@ class BatchRecorder(Recorder):
         op: Operation,
         values: list[Any],
         named: dict[str, Any],
-        tracked: bool,
     ) -> Any:
         """An operation whose tensors are of one batch; without a function it goes by its name."""
         arguments = leaves([*values, *named.values()])
@@ -95,7 +98,7 @@ class BatchRecorder(Recorder):
             args = [each(put, value) for value in values]
             options = {name: each(put, value) for name, value in named.items()}
             if func is not None and not has_numbers:
-                return results_of(func, op, args, options, tracked)
+                return results_of(func, op, args, options, False)
             first = tensors_in(args)[0]
             result = by_name(op.name, *args, **options).to(first.dtype)
             result = result.expand_as(first) if op.written else result
@@ -103,10 +106,9 @@ class BatchRecorder(Recorder):
 
         written = tensors_in(named[n] if n in named else values[i] for i, n in op.written)
         if op.is_entrywise and not op.makes_constants and all(map(_is_batch, written)):
-            num_dims = max(value.dim() - _is_batch(value) for value in tensors)
-            batched = [value for value in tensors if _is_batch(value)]
-            alike = len({value.dtype for value in batched}) == 1
-            if alike or has_numbers or all(value.dim() > num_dims for value in batched):
+            # Where types differ, those of no dimension count otherwise: not if they have one more.
+            if has_numbers or len({value.dtype for value in tensors if _is_batch(value)}) == 1:
+                num_dims = max(value.dim() - _is_batch(value) for value in tensors)
                 return _of(batch, function(*(_broad(value, num_dims) for value in tensors)))
         return self.applied(function, *tensors)
 
@@ -148,9 +150,8 @@ class BatchRecorder(Recorder):
             return super().decided(value)
         holds, follows = self.computed(Tensor.tolist, value), self.follows[batch]
         answer: bool = 2 * sum(itertools.compress(holds, follows)) >= sum(follows)
-        self.follows[batch] = [
-            does and one == answer for does, one in zip(follows, holds, strict=True)
-        ]
+        pairs = zip(follows, holds, strict=True)
+        self.follows[batch] = [does and holds == answer for does, holds in pairs]
         return answer
 
     def make_constant(self) -> None:

@@ -7,14 +7,22 @@ new value. So no memory is written: what the optimizer holds needs no copy and d
 no tensor that a backward needs is modified in place.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import SymFloat, Tensor, nn
+from torch import SymFloat, Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reweight._optimizers.held import (
+    Held,
+    geometry_of,
+    is_plain,
+    scatter,
+    storage_of,
+    viewed,
+)
 from reweight._optimizers.operations import (
     LOW,
     SIGNS,
@@ -31,17 +39,7 @@ from reweight._optimizers.operations import (
     tensors_in,
 )
 from reweight._optimizers.scalars import Number, NumbersKept, Refused
-from reweight._ranks.collectives import is_sharded, local
-
-Geometry: TypeAlias = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
-
-
-class Held(NamedTuple):
-    """What a storage holds: a value, for the view of it that has this geometry."""
-
-    storage: torch.UntypedStorage
-    value: Tensor
-    geometry: Geometry
+from reweight._ranks.collectives import is_sharded
 
 
 class Recorder(TorchDispatchMode):
@@ -82,31 +80,30 @@ class Recorder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Tensor:
         """What this view of a storage holds now."""
-        is_plain = _is_plain(tensor)
-        if not (is_plain or is_sharded(tensor)):
+        if not (is_plain(tensor) or is_sharded(tensor)):
             raise Refused(f"its step computes with tensors of the class {type(tensor).__name__}")
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
             raise Refused(f"its step computes with a tensor of layout {tensor.layout}")
-        held = self._held.get(_storage(tensor)._cdata)
+        held = self._held.get(storage_of(tensor)._cdata)
         if held is None:
             return tensor.data  # with a version counter of its own, for the step counts its writes
-        geometry = _geometry(tensor)
+        geometry = geometry_of(tensor)
         if held.geometry == geometry:
             return held.value
-        if not is_plain:
+        if not is_plain(tensor):
             raise Refused("its step takes views of sharded parameters")
-        seen: Tensor = self.applied(lambda value: _viewed(held, value, tensor), held.value)
+        seen: Tensor = self.applied(lambda value: viewed(held, value, tensor), held.value)
         return seen
 
     def write(self, tensor: Tensor, value: Tensor) -> None:
         """Let this view of a storage hold that from now on."""
-        storage, geometry = _storage(tensor), _geometry(tensor)
+        storage, geometry = storage_of(tensor), geometry_of(tensor)
         covers = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if _is_plain(tensor) and not (covers and tensor.is_contiguous()):
+        if is_plain(tensor) and not (covers and tensor.is_contiguous()):
             everything = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
             before, place = self.read(everything), geometry
-            value = self.applied(lambda all, new: _scatter(all.clone(), new, place), before, value)
-            geometry = _geometry(everything)
+            value = self.applied(lambda all, new: scatter(all.clone(), new, place), before, value)
+            geometry = geometry_of(everything)
         self._held[storage._cdata] = Held(storage, value, geometry)
 
     def recording(self) -> "_Recording":
@@ -209,8 +206,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(results, Tensor) or not results.requires_grad:
             return results
         handle = results.data  # with a version counter of its own, as above
-        storage = _storage(handle)
-        self._held[storage._cdata] = Held(storage, results, _geometry(handle))
+        storage = storage_of(handle)
+        self._held[storage._cdata] = Held(storage, results, geometry_of(handle))
         return handle
 
     def number_of(self, tensor: Tensor) -> Any:
@@ -252,57 +249,3 @@ class _Recording:
     def __exit__(self, *error: Any) -> None:
         self._guard.__exit__(*error)
         self._mode.__exit__(*error)
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor if _is_plain(tensor) else local(tensor)).untyped_storage()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _geometry(tensor: Tensor) -> Geometry:
-    return tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
-
-
-def _flat(held: Held) -> Tensor:
-    """All that a storage holds, in the order of memory."""
-    size, stride = held.geometry[:2]
-    num_entries = held.storage.nbytes() // held.value.element_size()
-    if held.value.numel() == num_entries and _is_contiguous(size, stride):
-        return held.value.reshape(-1)
-    return _scatter(held.value.new_zeros(num_entries), held.value, held.geometry)
-
-
-def _viewed(held: Held, value: Tensor, tensor: Tensor) -> Tensor:
-    """What is held, as a view of its storage sees it."""
-    flat, dtype = _flat(held._replace(value=value)), value.dtype
-    if dtype.is_complex and tensor.is_floating_point():
-        flat = torch.view_as_real(flat).reshape(-1)
-    elif tensor.is_complex() and dtype.is_floating_point:
-        flat = torch.view_as_complex(flat.view(-1, 2))
-    elif dtype != tensor.dtype:
-        if flat.requires_grad:
-            raise Refused("its step reads the bits of numbers, as stochastic rounding does")
-        flat = flat.contiguous().view(tensor.dtype)
-    if tensor.is_contiguous() and tensor.numel() == flat.numel():
-        return flat.reshape(tensor.size())
-    if flat.storage_offset() or not flat.is_contiguous():  # as_strided counts from the storage
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.as_strided(*_geometry(tensor)[:3])
-
-
-def _is_contiguous(size: Sequence[int], stride: Sequence[int]) -> bool:
-    step = 1
-    for length, one in zip(reversed(size), reversed(stride), strict=True):
-        if length != 1 and one != step:
-            return False
-        step *= length
-    return True
-
-
-def _scatter(flat: Tensor, value: Tensor, geometry: Geometry) -> Tensor:
-    # as_strided_scatter has a wrong derivative unless strides are contiguous (2.13, 2.14.1).
-    flat.as_strided(*geometry[:3]).copy_(value)
-    return flat
