@@ -195,7 +195,7 @@ UPDATE_RULES: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw_amsgrad": lambda model: AdamW(model.parameters(), lr=0.01, amsgrad=True),
     "adamw_tensor_lr": lambda model: AdamW(model.parameters(), lr=torch.tensor(0.01).double()),
     "adam_tensor_betas": lambda model: Adam(
-        model.parameters(), betas=(torch.tensor(0.9).float(), torch.tensor(0.99).float())
+        model.parameters(), betas=(torch.tensor(0.9).double(), torch.tensor(0.99).double())
     ),
     "rmsprop": lambda model: RMSprop(model.parameters(), lr=0.01, weight_decay=0.1),
     "rmsprop_centered_momentum": lambda model: RMSprop(

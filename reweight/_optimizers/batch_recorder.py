@@ -105,11 +105,12 @@ class BatchRecorder(Recorder):
             return [result] if op.written and func is not None else result
 
         written = tensors_in(named[n] if n in named else values[i] for i, n in op.written)
-        if op.is_entrywise and not op.makes_constants and all(map(_is_batch, written)):
-            # Where types differ, those of no dimension count otherwise: not if they have one more.
-            if has_numbers or len({value.dtype for value in tensors if _is_batch(value)}) == 1:
-                num_dims = max(value.dim() - _is_batch(value) for value in tensors)
-                return _of(batch, function(*(_broad(value, num_dims) for value in tensors)))
+        goes_as_one = op.is_entrywise and not op.makes_constants and all(map(_is_batch, written))
+        # Where types differ, those of no dimension count otherwise: not if they have one more.
+        num_types = len({value.dtype for value in tensors if _is_batch(value)})
+        if goes_as_one and (has_numbers or num_types == 1):
+            num_dims = max(value.dim() - _is_batch(value) for value in tensors)
+            return _of(batch, function(*(_broad(value, num_dims) for value in tensors)))
         return self.applied(function, *tensors)
 
     def replace(self, old: Tensor, new: Tensor) -> None:

@@ -22,6 +22,7 @@ from properties import assert_same
 from references import copy_together
 from reweight._optimizers.accepted import check_differentiable
 from reweight._optimizers.pseudo_update import clip_gradients, pseudo_update
+from reweight._optimizers.recorded_step import recorded_step
 
 
 def assert_is_the_next_step(model: nn.Module, optimizer, gradients) -> None:
@@ -99,6 +100,27 @@ def test_scheduled_learning_rate_is_read_live() -> None:
     warm_up(model, optimizer, batch)
     scheduler.step()
     assert_is_the_next_step(model, optimizer, gradients_of(model, batch))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, AdamW, torch.optim.Adamax, torch.optim.RAdam])
+def test_betas_in_single_precision_are_rounded_as_the_class_does(kind) -> None:
+    """To the last bit; that of a power would show in θ̂."""
+    model, batch = make_model("mlp"), make_batch("mlp")
+    betas = torch.tensor(0.9, dtype=torch.float32), torch.tensor(0.99, dtype=torch.float32)
+    optimizer = kind(model.parameters(), lr=0.01, betas=betas)
+    warm_up(model, optimizer, batch, 7)
+    parameters = dict(model.named_parameters())
+    leaves = {name: g.requires_grad_() for name, g in gradients_of(model, batch).items()}
+    by_id = {id(p): leaves[name] for name, p in parameters.items()}
+    predicted = pseudo_update([optimizer], parameters, leaves).parameters
+    own = recorded_step(optimizer, by_id).parameters
+    assert all(torch.equal(predicted[name], own[id(p)]) for name, p in parameters.items())
+    found, expected = (
+        torch.autograd.grad(sum(new.sum() for new in step.values()), list(leaves.values()))
+        for step in (predicted, own)
+    )
+    for v, slope in zip(found, expected, strict=True):
+        assert (v - slope).norm() <= 1e-13 * slope.norm()
 
 
 def test_gradient_descent_knows_the_direction_but_not_torchopt() -> None:
