@@ -17,7 +17,7 @@ from reweight._optimizers.entries import is_number, only_numbers
 from reweight._optimizers.own_step import By, copied, own_step
 from reweight._optimizers.recorded_step import How, precision, run
 from reweight._optimizers.scalars import valued
-from reweight._optimizers.twin import twin
+from reweight._optimizers.twin import part, twin
 from reweight._ranks.collectives import is_sharded
 
 _FEW = 1 << 20  # entries of all; of more, calling operations is not what takes time
@@ -96,18 +96,8 @@ def _take(
     found: By,
 ) -> None:
     """Find the step of those whose conditions are as for most of their batch."""
-    firsts = {id(batch[0]) for batch in batches}
-    some = object.__new__(type(optimizer))
-    some.__dict__.update(vars(optimizer))
-    some.state = defaultdict(dict)
-    some.state.update({b[0]: optimizer.state[b[0]] for b in batches if b[0] in optimizer.state})
-    some.param_groups = [
-        {**group, "params": [p for p in group["params"] if id(p) in firsts]}
-        for group in optimizer.param_groups
-    ]
-    for group in some.param_groups:
-        group.pop("param_names", None)
-    new = twin(some, {key: gradients[key] for key in firsts}, _alias)
+    firsts = {id(members[0]): gradients[id(members[0])] for members in batches}
+    new = twin(part(optimizer, firsts), firsts, _alias)
     recorder, starts = BatchRecorder(precision(optimizer, how)), []
     for number, members in enumerate(batches):
         p: Tensor = new.parameters[id(members[0])]

@@ -1,6 +1,5 @@
 """A recorded step that goes entry by entry: what it does to two of them is done again to all."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +9,7 @@ from reweight._optimizers.entries import Slopes, kinds_of, taken
 from reweight._optimizers.operations import Call
 from reweight._optimizers.recorded_step import How, recorded_step
 from reweight._optimizers.slopes import Program
+from reweight._optimizers.twin import part
 from reweight._ranks.collectives import local
 
 
@@ -26,12 +26,7 @@ def entry_by_entry(
     kinds = kinds_of(optimizer, gradients, is_known=False)
     if kinds is None:
         return None
-    some = object.__new__(type(optimizer))
-    some.__dict__.update(vars(optimizer))
-    some.state = defaultdict(dict)
-    some.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
-    for group in some.param_groups:
-        group.pop("param_names", None)
+    some = part(optimizer, ())
     inputs: list[list[Tensor]] = []
     leaves: dict[int, Tensor] = {}
     for number, names, columns in kinds:

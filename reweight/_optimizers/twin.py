@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn, optim
@@ -30,6 +30,20 @@ class Twin(NamedTuple):
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]
         step(self.optimizer)
+
+
+def part(optimizer: optim.Optimizer, chosen: Container[int]) -> optim.Optimizer:
+    """The optimizer of some of its parameters, given by their ids, in the same memory."""
+    few = object.__new__(type(optimizer))
+    few.__dict__.update(vars(optimizer))
+    few.state, few.param_groups = copy.copy(optimizer.state), []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in chosen:
+                few.state.pop(p, None)
+        few.param_groups.append({name: group[name] for name in group if name != "param_names"})
+        few.param_groups[-1]["params"] = [p for p in group["params"] if id(p) in chosen]
+    return few
 
 
 def twin(optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], alias: Alias) -> Twin:

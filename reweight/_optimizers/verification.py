@@ -4,7 +4,6 @@ It is asked where an optimizer is used first, of copies, in float64 too: the onl
 device is waited for.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import How, RecordedStep, record, recorded_step
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import Refused
-from reweight._optimizers.twin import Alias, twin
+from reweight._optimizers.twin import Alias, part, twin
 from reweight._ranks.collectives import local
 from reweight._ranks.shards import shard_like, whole
 
@@ -170,17 +169,8 @@ def _few(
         num_entries += p.numel()
         if num_entries <= _ENTRIES:
             chosen.add(id(p))
-    few = object.__new__(type(optimizer))
-    few.__dict__.update(vars(optimizer))
-    if len(chosen) < len(held) and "param_groups" in vars(optimizer):
-        few.state = copy.copy(optimizer.state)
-        for p in held:
-            if id(p) not in chosen:
-                few.state.pop(p, None)
-        few.param_groups = [
-            {**group, "params": [p for p in group["params"] if id(p) in chosen]}
-            for group in optimizer.param_groups
-        ]
+    is_part = len(chosen) < len(held) and "param_groups" in vars(optimizer)
+    few = part(optimizer, chosen) if is_part else optimizer
     held = [p for group in few.param_groups for p in group["params"]]
     some = {id(p): gradients[id(p)] for p in held if id(p) in gradients}
     return few, {key: None if g is None else g.detach() for key, g in some.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 from torch.optim.lr_scheduler import ExponentialLR
 
-from reweight._optimizers.twin import twin
+from reweight._optimizers.twin import part, twin
 from steps import ByMemory, Lookahead, Noisy, Taken
 
 
@@ -98,3 +98,14 @@ def test_neither_hooks_nor_what_schedulers_put_there_are_called() -> None:
     assert not calls
     assert "step" not in vars(new.optimizer)
     assert scheduler.optimizer is optimizer
+
+
+def test_a_part_has_its_own_groups_and_state_of_what_it_holds() -> None:
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
+    optimizer = optim.SGD([("p", p), ("q", q)], lr=0.1, momentum=0.9)
+    optimizer.state[p]["momentum_buffer"] = optimizer.state[q]["momentum_buffer"] = torch.ones(1)
+    few = part(optimizer, {id(q)})
+    assert few.param_groups == [{**few.defaults, "params": [q]}]
+    assert list(few.state) == [q]
+    assert few.state[q] is optimizer.state[q]
+    assert len(optimizer.state) == len(optimizer.param_groups[0]["params"]) == 2
