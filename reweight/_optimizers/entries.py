@@ -71,9 +71,14 @@ def differentiable(step: Slopes, gradients: Mapping[int, Tensor | None]) -> dict
     return dict(zip(held, moved, strict=True))
 
 
+def plainly_finite(tensor: Tensor) -> bool:
+    """Whether one pass shows, as usual, that all entries are; no other device is waited for."""
+    return tensor.device.type == "cpu" and math.isfinite(tensor.sum())
+
+
 def _cut(slope: Tensor) -> Tensor:
     """Let what is not finite be 0, in place; how many entries that is."""
-    if slope.device.type == "cpu" and math.isfinite(slope.sum()):  # as usual; no device to wait for
+    if plainly_finite(slope):
         return slope.new_zeros((), dtype=torch.int64)
     number = torch.count_nonzero(slope - slope)  # NaN where it is not finite
     slope.nan_to_num_(0, 0, 0)

@@ -1,6 +1,5 @@
 """The next step of an optimizer of any class: recorded, and verified where it is used first."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
-from reweight._optimizers.entries import differentiable, joined, parted, together
+from reweight._optimizers.entries import differentiable, joined, parted, plainly_finite, together
 from reweight._optimizers.recorded_batches import in_batches
 from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import USUAL, How, recorded_step
@@ -92,7 +91,7 @@ class _Cut(torch.autograd.Function):
         for members in together(slopes):
             parts = [local(slopes[i]) for i in members]
             part = joined(parts)
-            if part.device.type == "cpu" and math.isfinite(part.sum()):  # as usual, in one pass
+            if plainly_finite(part):
                 continue
             bad = (part * 0).ne(0) & ctx.is_finite.to(part.device)  # ∞ · 0 is NaN
             number += bad.count_nonzero().to(number.device)
@@ -118,6 +117,6 @@ class _Looked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         for cotangent in cotangents:
-            if cotangent is not None:
+            if cotangent is not None and not plainly_finite(local(cotangent)):
                 ctx.is_finite &= (local(cotangent) * 0).sum().eq(0).to(ctx.is_finite.device)
         return None, None, *cotangents

@@ -6,7 +6,7 @@ one number for each. It begins as 1, and what all entries have in common stays a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -64,9 +64,10 @@ class _Dual:
     slope: Slope = Slope()
 
 
+_Rule: TypeAlias = Callable[..., Slope]
 _ONE = _Dual(1.0)
 # What comes of it and its arguments → its slope. Others, of which there are few, take a backward.
-_RULES: Mapping[str, Callable[..., Slope]] = {
+_RULES: Mapping[str, _Rule] = {
     "abs": lambda z, x: x.slope * x.value.sign(),
     "copy": lambda z, x, y, *rest: y.slope,
     "add": lambda z, x, y, alpha=_ONE: x.slope + y.slope * alpha.value,
@@ -124,13 +125,16 @@ class Program:
                 raise ValueError("entries changed their shape, or met others")
             return value if found is None else found
 
-        self._calls: list[tuple[Call, Call, _Place]] = []
+        self._calls: list[tuple[Call, list[Any], dict[str, Any], _Rule | None, _Place]] = []
         for call in calls:
             if any(_memory(tensor) in places for tensor in tensors_in(call.arguments)):
                 (new,) = call.results
                 given = call.with_values(place)
                 after = places.setdefault(_memory(new), _Place(len(places)))
-                self._calls.append((given, given.with_values(_constant), after))
+                duals, outputs = given.with_values(_constant), dict(call.op.written).values()
+                named = {name: x for name, x in duals.named.items() if name not in outputs}
+                rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
+                self._calls.append((given, leaves(duals.values), named, rule, after))
         self._result = place(result)
 
     @torch.no_grad()
@@ -138,13 +142,10 @@ class Program:
         """The result for these, and its slope."""
         held = {i: _Dual(tensor) for i, tensor in enumerate(inputs)}
         held[0] = _Dual(inputs[0], Slope(1.0))
-        for call, duals, after in self._calls:
-            duals = duals.with_values(lambda v: held[v] if type(v) is _Place else v)
-            outputs = dict(call.op.written).values()
-            named = {name: x for name, x in duals.named.items() if name not in outputs}
-            args = leaves(duals.values)
+        for call, args, named, rule, after in self._calls:
+            args = [held[x] if type(x) is _Place else x for x in args]
+            named = {name: held[x] if type(x) is _Place else x for name, x in named.items()}
             moves = any(x.slope.scale for x in [*args, *named.values()])
-            rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
             if moves and rule is None:
                 held[after] = _by_backward(call, held)
                 continue
