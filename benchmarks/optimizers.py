@@ -283,20 +283,25 @@ def costs(kind: type[optim.Optimizer]) -> Iterator[Cost]:
         except Exception:
             continue
 
-        def by_foreach(
-            kind: type[optim.Optimizer], model: nn.Module, build: Build = build
-        ) -> optim.Optimizer:
-            optimizer = build(kind, model)
-            for group in optimizer.param_groups:
-                group["foreach"] = True
-            return optimizer
+        def with_options(build: Build = build, **options: Any) -> Build:
+            def built(kind: type[optim.Optimizer], model: nn.Module) -> optim.Optimizer:
+                optimizer = build(kind, model)
+                for group in optimizer.param_groups:
+                    group.update(options)
+                return optimizer
 
-        for size, widths in SIZES.items():
-            ratios = [cost(kind, build, widths) if kind in RULES else ""]
-            ratios.append(cost(subclass, build, widths))
+            return built
+
+        names: dict[str, dict[str, Any]] = {kind.__name__: {}}
+        if "amsgrad" in usual.defaults:
+            names[f"{kind.__name__}, AMSGrad"] = {"amsgrad": True}
+        for (name, options), (size, widths) in itertools.product(names.items(), SIZES.items()):
+            ratios = [cost(kind, build, widths) if kind in RULES and not options else ""]
+            ratios.append(cost(subclass, with_options(**options), widths))
             has_foreach = "foreach" in usual.defaults
+            by_foreach = with_options(**options, foreach=True)
             ratios.append(cost(subclass, by_foreach, widths) if has_foreach else "")
-            yield Cost(kind.__name__, size, *ratios)
+            yield Cost(name, size, *ratios)
         return
 
 
