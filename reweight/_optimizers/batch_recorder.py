@@ -16,6 +16,7 @@ from reweight._optimizers.operations import (
     leaves,
     results_of,
     rows_of,
+    tensor_for,
     tensors_in,
 )
 from reweight._optimizers.recorder import Recorder
@@ -63,7 +64,7 @@ class BatchRecorder(Recorder):
         """Of operations on lists each row by itself, for they may be of different batches."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refused("its step draws numbers")  # for each member others
-        given = [_value_of(value) for value in leaves([*values, *named.values()])]
+        given = [tensor_for(value) for value in leaves([*values, *named.values()])]
         tensors = [value for value in given if isinstance(value, Tensor)]
         tracked = any(tensor.requires_grad for tensor in tensors)
         if not any(map(_is_batch, tensors)):
@@ -86,14 +87,14 @@ class BatchRecorder(Recorder):
         """An operation whose tensors are of one batch; without a function it goes by its name."""
         arguments = leaves([*values, *named.values()])
         has_numbers = any(type(value) is SymFloat for value in arguments)
-        tensors = [value for value in map(_value_of, arguments) if isinstance(value, Tensor)]
+        tensors = [value for value in map(tensor_for, arguments) if isinstance(value, Tensor)]
         batch = _batch_of(tensors)
 
         def function(*members: Tensor) -> Any:
             left = iter(members)
 
             def put(value: Any) -> Any:
-                return next(left) if isinstance(_value_of(value), Tensor) else value
+                return next(left) if isinstance(tensor_for(value), Tensor) else value
 
             args = [each(put, value) for value in values]
             options = {name: each(put, value) for name, value in named.items()}
@@ -158,11 +159,6 @@ class BatchRecorder(Recorder):
     def make_constant(self) -> None:
         """None is that of all members."""
         raise Refused("its step takes constants out of tensors")
-
-
-def _value_of(value: Any) -> Any:
-    """The tensor that a number stands for."""
-    return value.node.value if type(value) is SymFloat else value
 
 
 def _is_batch(tensor: Tensor) -> bool:

@@ -258,8 +258,8 @@ def results_with_numbers(
     exact = results_of(
         func, op, constants, {n: each(_constant_for, v) for n, v in named.items()}, False
     )
-    values = [each(_tensor_for, value) for value in values]
-    named = {name: each(_tensor_for, value) for name, value in named.items()}
+    values = [each(tensor_for, value) for value in values]
+    named = {name: each(tensor_for, value) for name, value in named.items()}
     near = (
         one_by_one(op.name, values, named) if op.is_list else [by_name(op.name, *values, **named)]
     )
@@ -274,7 +274,8 @@ def _constant_for(value: Any) -> Any:
     return float(value.node.value.detach()) if isinstance(value, SymFloat) else value
 
 
-def _tensor_for(value: Any) -> Any:
+def tensor_for(value: Any) -> Any:
+    """The tensor that a number stands for; anything else stays."""
     return value.node.value if isinstance(value, SymFloat) else value
 
 
