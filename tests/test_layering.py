@@ -1,6 +1,7 @@
 """The map in CONTRIBUTING.md is the package; ``import reweight`` loads its dependencies alone."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -72,6 +73,14 @@ def test_a_module_imports_what_its_room_may(name: str) -> None:
         if room_of(module) != own and "." in module:
             room = importlib.import_module(f"reweight.{room_of(module)}")
             assert module.partition(".")[2] in room.__all__, f"{module} is for its room alone"
+
+
+def test_no_chain_of_imports_is_longer_than_ten_modules() -> None:
+    @functools.cache
+    def length(name: str) -> int:
+        return 1 + max(map(length, imports(name) - {name}), default=0)
+
+    assert max(map(length, MODULES)) <= 10
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])

@@ -1,6 +1,7 @@
 """The next step of an optimizer of any class: recorded, and verified where it is used first."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -9,21 +10,22 @@ from torch import Tensor, optim
 
 from reweight._optimizers.accepted import why_not
 from reweight._optimizers.entries import differentiable, joined, parted, plainly_finite, together
+from reweight._optimizers.own_step import By
 from reweight._optimizers.recorded_batches import in_batches
 from reweight._optimizers.recorded_entries import entry_by_entry
-from reweight._optimizers.recorded_step import USUAL, How, recorded_step
-from reweight._optimizers.verification import kinds, verify
+from reweight._optimizers.recorded_step import USUAL, How, RecordedStep, recorded_step
+from reweight._optimizers.verification import Verified, kinds, verify
 from reweight._ranks.collectives import local
 from reweight._ranks.shards import shard_like
 
 
-class _Verified(NamedTuple):
+class _Known(NamedTuple):
     kind: type[optim.Optimizer]
     kinds: frozenset[Any]
     how: How
 
 
-_verified: WeakKeyDictionary[optim.Optimizer, _Verified] = WeakKeyDictionary()
+_known: WeakKeyDictionary[optim.Optimizer, _Known] = WeakKeyDictionary()
 
 
 def by_recording(
@@ -41,14 +43,16 @@ def by_recording(
         TypeError: the step has no derivative, or cannot be recorded.
     """
     try:
-        known = _verified.get(optimizer)
+        known = _known.get(optimizer)
         found = frozenset(kinds(optimizer, gradients))
         if known is None or known.kind is not type(optimizer):
-            known = _Verified(type(optimizer), frozenset(), USUAL)
+            known = _Known(type(optimizer), frozenset(), USUAL)
         if not found <= known.kinds:
-            how, moved_at_all = verify(optimizer, gradients)
-            known = _Verified(known.kind, known.kinds | (found if moved_at_all else set()), how)
-            _verified[optimizer] = known
+            verified = verify(optimizer, gradients)
+            known = _Known(
+                known.kind, known.kinds | (found if verified.moves else set()), faster(verified)
+            )
+            _known[optimizer] = known
         if known.how.by_entries and (step := entry_by_entry(optimizer, gradients, known.how)):
             num_cut += step.num_cut.to(num_cut.device)
             return differentiable(step, gradients)
@@ -68,6 +72,52 @@ def by_recording(
         )
         parameters = dict(zip(parameters, looked, strict=True))
     return parameters
+
+
+def faster(verified: Verified) -> How:
+    """Recorded so that many parameters go through the step as one, if it is the same."""
+    optimizer, leaves, how, ahead, _ = verified
+    if ahead.recorder.is_entrywise:
+        step = entry_by_entry(optimizer, leaves, how)
+        if step and _is_same(ahead, differentiable(step, leaves), leaves, lambda eps: 64 * eps):
+            return how._replace(by_entries=True)
+    if batched := in_batches(optimizer, leaves, how):
+        return how._replace(in_batches=_is_same(ahead, batched, leaves, math.sqrt))
+    return how
+
+
+def _is_same(
+    ahead: RecordedStep,
+    other: By,
+    leaves: Mapping[int, Tensor | None],
+    rounding: Callable[[float], float],
+) -> bool:
+    """Whether values are, and derivatives but for rounding, of so much in that precision."""
+    one = ahead.parameters
+    if not all(torch.equal(local(new.detach()), local(other[key])) for key, new in one.items()):
+        return False
+    inputs = [g for g in leaves.values() if g is not None]
+    keys = [key for key, new in one.items() if new.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [
+        shard_like(new, torch.rand(local(new).shape, generator=generator).to(new.device, new.dtype))
+        for new in (one[key] for key in keys)
+    ]
+    found = (
+        torch.autograd.grad(
+            [step[key] for key in keys],
+            inputs,
+            cotangents,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for step in (one, other)
+    )
+    for own, new in ((local(a).nan_to_num(0, 0, 0), local(b)) for a, b in zip(*found, strict=True)):
+        dtype = torch.float32 if ahead.recorder.is_widened else own.dtype
+        if not (own - new).norm() <= rounding(torch.finfo(dtype).eps) * own.norm():
+            return False
+    return True
 
 
 class _Cut(torch.autograd.Function):

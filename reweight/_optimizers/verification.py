@@ -5,17 +5,13 @@ device is waited for.
 """
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
 
-from reweight._optimizers.entries import differentiable
-from reweight._optimizers.own_step import By, copied, own_step
-from reweight._optimizers.recorded_batches import in_batches
-from reweight._optimizers.recorded_entries import entry_by_entry
+from reweight._optimizers.own_step import copied, own_step
 from reweight._optimizers.recorded_step import How, RecordedStep, record, recorded_step
 from reweight._optimizers.recorder import Recorder
 from reweight._optimizers.scalars import Refused
@@ -29,15 +25,30 @@ Gradients = Mapping[int, Tensor | None]
 _ENTRIES = 1 << 22  # of parameters; more are verified only where they are of another kind
 
 
-def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]:
+class Verified(NamedTuple):
+    """A recorded step that is the class's own.
+
+    Attributes:
+        optimizer: of some of the parameters, if there are many.
+        leaves: gradients that it is a function of, by the id of the parameter.
+        how: it can be recorded.
+        step: recorded.
+        moves: whether it moves anything, without which little is known.
+    """
+
+    optimizer: optim.Optimizer
+    leaves: Gradients
+    how: How
+    step: RecordedStep
+    moves: bool
+
+
+def verify(optimizer: optim.Optimizer, gradients: Gradients) -> Verified:
     """Raise Refused, with the reason, unless both are so along a direction drawn at random.
 
     Args:
         optimizer: nothing of it changes.
         gradients: by the id of the parameter; None for none.
-
-    Returns:
-        How the step can be recorded, and whether it moves anything, without which little is known.
     """
     few, gradients = _few(optimizer, gradients)
     own = own_step(few, gradients, copied)
@@ -63,49 +74,7 @@ def verify(optimizer: optim.Optimizer, gradients: Gradients) -> tuple[How, bool]
     except Exception:  # code of its own bears no precision but that of the parameters
         slopes = _slopes(few, gradients, None, how.keeps_numbers)
     _require_derivative(optimizer, slopes, moved)
-    return _faster(few, leaves, how, ahead), moved
-
-
-def _faster(optimizer: optim.Optimizer, leaves: Gradients, how: How, ahead: RecordedStep) -> How:
-    """Recorded so that many parameters go through the step as one, if it is the same."""
-    if ahead.recorder.is_entrywise:
-        step = entry_by_entry(optimizer, leaves, how)
-        if step and _is_same(ahead, differentiable(step, leaves), leaves, lambda eps: 64 * eps):
-            return how._replace(by_entries=True)
-    if batched := in_batches(optimizer, leaves, how):
-        return how._replace(in_batches=_is_same(ahead, batched, leaves, math.sqrt))
-    return how
-
-
-def _is_same(
-    ahead: RecordedStep, other: By, leaves: Gradients, rounding: Callable[[float], float]
-) -> bool:
-    """Whether values are, and derivatives but for rounding, of so much in that precision."""
-    one = ahead.parameters
-    if not all(torch.equal(local(new.detach()), local(other[key])) for key, new in one.items()):
-        return False
-    inputs = [g for g in leaves.values() if g is not None]
-    keys = [key for key, new in one.items() if new.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [
-        shard_like(new, torch.rand(local(new).shape, generator=generator).to(new.device, new.dtype))
-        for new in (one[key] for key in keys)
-    ]
-    found = (
-        torch.autograd.grad(
-            [step[key] for key in keys],
-            inputs,
-            cotangents,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for step in (one, other)
-    )
-    for own, new in ((local(a).nan_to_num(0, 0, 0), local(b)) for a, b in zip(*found, strict=True)):
-        dtype = torch.float32 if ahead.recorder.is_widened else own.dtype
-        if not (own - new).norm() <= rounding(torch.finfo(dtype).eps) * own.norm():
-            return False
-    return True
+    return Verified(few, leaves, how, ahead, moved)
 
 
 def _first_that_runs(optimizer: optim.Optimizer, leaves: Gradients) -> tuple[How, RecordedStep]:

@@ -150,6 +150,6 @@ def test_it_is_how_many_go_ever_after(monkeypatch) -> None:
         update = pseudo_update([optimizer], held, named)
         moved = sum(new.sum() for new in update.parameters.values())
         results.append([*torch.autograd.grad(moved, list(named.values())), update.num_zero_moments])
-    assert recorded_update._verified[optimizer].how.in_batches
+    assert recorded_update._known[optimizer].how.in_batches
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

@@ -21,8 +21,10 @@ def gradients_of(taken: Taken) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_right_passes(name: str, dtype: torch.dtype) -> None:
     taken = Taken(STEPS[name], dtype)
-    how = How(by_entries=name == "schedule-free")
-    assert verify(taken.optimizer, gradients_of(taken)) == (how, True)
+    verified = verify(taken.optimizer, gradients_of(taken))
+    assert verified.moves
+    assert verified.how == How()
+    assert recorded_update.faster(verified).by_entries == (name == "schedule-free")
 
 
 class Sneaky(TrustRatio):
@@ -104,7 +106,7 @@ class KnowsItsTypes(TrustRatio):
 
 def test_code_for_one_precision_is_verified_in_that() -> None:
     taken = Taken(KnowsItsTypes, torch.float32, num_steps=0)
-    assert verify(taken.optimizer, gradients_of(taken)) == (How(), True)
+    assert verify(taken.optimizer, gradients_of(taken)).how == How()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
