@@ -89,7 +89,7 @@ class ExitLosses(NamedTuple):
             own = self.weight.detach().to(self.losses.dtype).reshape(len(self.losses), -1)
             shares = torch.where(shares > 0, own, 0)
         total = sum_over_ranks(shares.sum(0))
-        return shares / torch.where(total > 0, total, 1)
+        return shares / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def mean_over_samples(self, values: Tensor) -> Tensor:
         """The mean of each column of values [B, K] over the samples that count, shape [K].
@@ -99,7 +99,7 @@ class ExitLosses(NamedTuple):
         """
         counted = self.counted
         if counted is not None:
-            values = torch.where(counted, values, 0)
+            values = values.masked_fill(~counted, 0)
         return (self.sample_shares() * values).sum(0)
 
 

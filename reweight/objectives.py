@@ -94,21 +94,22 @@ class BudgetedObjective:
                 "allots samples by them; got losses only. Return them, or use MeanObjective()."
             )
         confidence, counted, own = meta.confidence, meta.counted, slice(None)
-        valid = None if counted is None else counted.any(1)
+        of_exits = meta.valid is not None and meta.valid.dim() == 2
+        valid = counted.any(1) if counted is not None and of_exits else meta.valid
         if num_ranks() > 1 and not self.per_rank:
             if valid is None:
                 valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
             rows, own = gather_rows(torch.cat([confidence, valid.unsqueeze(1)], 1))
             confidence, valid = rows[:, :-1], rows[:, -1] > 0
-        shares = exit_shares(meta.losses.shape[1], self.power)
+        shares = _exit_shares(meta.losses.shape[1], self.power)
         # From pageable memory this small copy is staged at once: it does not wait for the device.
         shares = shares.to(confidence.device, non_blocking=True)
         members = allot(confidence, shares, valid)[own]
-        if counted is not None:
+        if counted is not None and of_exits:
             members = members & counted
-        counts = sum_over_ranks(members.sum(0).to(meta.losses.dtype))
+        counts = sum_over_ranks(members.sum(0, dtype=meta.losses.dtype))
         if meta.weight is None:
-            sums = torch.where(members, meta.losses, 0).sum(0)
+            sums = meta.losses.masked_fill(~members, 0).sum(0)
             value = (sums / counts.clamp(min=1)).sum()
         else:
             value = meta._replace(valid=members).mean_over_samples(meta.losses).sum()
@@ -167,13 +168,15 @@ def allot(confidence: Tensor, shares: Tensor, valid: Tensor | None = None) -> Te
         Shape [B, K], bool: one True a row, none for a sample that is not valid.
     """
     num_samples, num_exits = confidence.shape
-    free = confidence.new_ones(num_samples, dtype=torch.bool) if valid is None else valid
-    quota = quotas(shares.to(confidence.device), free.sum())
+    left = confidence.clamp(min=torch.finfo(confidence.dtype).min)  # −∞ is of those that are gone
+    if valid is not None:
+        left.masked_fill_(~valid.unsqueeze(1), -torch.inf)
+    quota = quotas(shares.to(confidence.device), num_samples if valid is None else valid.sum())
     is_within = torch.arange(num_samples, device=confidence.device) < quota.unsqueeze(1)
-    left, members = confidence.masked_fill(~free.unsqueeze(1), -torch.inf), []
+    members = []
     for k in range(num_exits - 1):
         order = left[:, k].argsort(descending=True, stable=True)
-        taken = torch.empty_like(free).scatter_(0, order, is_within[k])
+        taken = torch.empty_like(is_within[k]).scatter_(0, order, is_within[k])
         members.append(taken)
         left.masked_fill_(taken.unsqueeze(1), -torch.inf)
     return torch.stack([*members, left[:, -1] != -torch.inf], 1)

@@ -175,12 +175,11 @@ class SampleReweighter(nn.Module):
         seen = [each.detach().to(parameter) for each in chosen if each is not None]
         if counted is not None:
             # What a sample that does not count came to may be no number, and 0 times that is none.
-            at_all = counted.any(1, keepdim=True)
-            of_exits = len(columns[self.inputs])
-            seen = [
-                torch.where(counted if index < of_exits else at_all, each, 0)
-                for index, each in enumerate(seen)
-            ]
+            of_exits, masked = len(columns[self.inputs]), ~counted
+            seen[:of_exits] = [each.masked_fill(masked, 0) for each in seen[:of_exits]]
+            if seen[of_exits:]:
+                masked = masked.all(1, keepdim=True)
+                seen[of_exits:] = [each.masked_fill(masked, 0) for each in seen[of_exits:]]
         return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
 
     def _labels(self, exit_losses: ExitLosses) -> Tensor | None:

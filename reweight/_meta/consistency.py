@@ -6,7 +6,7 @@ update tell, and nothing waits for the device: what they came to is read at the 
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reweight._meta.problem import Known, MetaProblem, relative_difference
 from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.entries import joined, together
+from reweight._optimizers.entries import joined, packs
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import gather, local, num_ranks
@@ -31,7 +31,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms = known.weights * value
+    terms, norm = known.weights * value, torch.linalg.vector_norm
     # Of v and gradient, by share and device.
     pairs, ranks = defaultdict[Any, list[tuple[Tensor, Tensor]]](list), num_ranks()
     for name, tangent in direction.items():
@@ -44,31 +44,31 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
             pairs[-share, tangent.device].append((local(tangent), local(before)))
-    dots, squares = [value.new_zeros(1)], value.new_zeros(2)
+    dots, lengths = list[Tensor](), list[Tensor]()
     for (share, _), each in pairs.items():
-        left, right = _in_rows(each)
-        dots.append(share * torch.stack(list(map(torch.dot, left, right))).to(value))
-        norms = torch.stack(torch._foreach_norm([*left, *right])).to(value)
-        squares = squares + norms.square().view(2, -1).sum(1)
+        rows = torch.stack([number for pack in _packs(each) for number in pack])
+        dots.append(share * rows.to(value).view(-1, 3)[:, 0])
+        lengths.append(rows.to(value).view(-1, 3)[:, 1:])
+    sums = torch.cat(dots or [value.new_zeros(1)])
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
-    of_samples = (problem.first.sample_shares * known.weights).abs()
-    loss = (of_samples * problem.first.losses.losses.detach()).abs().sum() / of_samples.sum()
-    by_heart = 8 * problem.precision ** (2 / 3) / loss.clamp(min=problem.precision)
-    sums = torch.cat(dots)
-    sizes = (
-        terms.abs().sum() * by_heart.clamp(min=1),
-        sums.abs().sum(),
-        # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-        squares.sqrt().prod() * problem.precision ** (1 / 3),
-    )
-    return torch.stack([terms.sum(), sums.sum(), torch.stack(sizes).amax()])
+    of_samples = problem.first.sample_shares * known.weights
+    loss = norm(of_samples * problem.first.losses.losses, 1) / norm(of_samples, 1)
+    by_heart = 8 * problem.precision ** (2 / 3)
+    is_known = (loss / by_heart).clamp(problem.precision / by_heart, 1)
+    # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
+    both = norm(
+        torch.cat(lengths or [value.new_zeros(1, 2)]), dim=0
+    ).prod() * problem.precision ** (1 / 3)
+    size = torch.stack([norm(terms, 1) / is_known, norm(sums, 1), both]).amax()
+    return torch.stack([terms.sum(), sums.sum(), size])
 
 
-def _in_rows(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
-    """The first of each pair and the second, each in a row; all small ones as if they were one."""
+def _packs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """⟨a, b⟩ and the lengths of both, of small ones as if they were one, a block at a time."""
     columns = list(zip(*pairs, strict=True))
-    groups = together(columns[0])
-    return [[joined([each[i] for i in group]).reshape(-1) for group in groups] for each in columns]
+    for pack in packs(columns[0]):
+        a, b = (joined([kept[i] for i in pack]).reshape(-1) for kept in columns)
+        yield torch.dot(a, b), *torch._foreach_norm([a, b])
 
 
 class Check:

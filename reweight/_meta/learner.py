@@ -137,7 +137,7 @@ class ReweighterLearner:
                 last.restore()
             else:
                 self._has_stepped = True
-            nonfinite[3:] |= ok & ~taken
+            nonfinite[3:].logical_or_(ok > taken)
         self._count(nonfinite)
         return update._replace(nonfinite=nonfinite, undo=undo)
 

@@ -296,4 +296,6 @@ class MetaProblem:
 def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
-    return torch.where(size > 0, (forward - backward).abs() / size, 0)
+    size = size.clamp(min=torch.finfo(size.dtype).tiny)
+    difference: Tensor = (forward - backward).abs() / size
+    return difference

@@ -20,8 +20,8 @@ from reweight._optimizers.slopes import Slope
 from reweight._ranks.collectives import local
 from reweight._ranks.shards import shard_like
 
-Program: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Slope]]
-"""Of gradients, parameters and moments makes θ̂ and ∂θ̂/∂g."""
+Program: TypeAlias = Callable[[Sequence[Tensor], Tensor], Slope]
+"""Of gradients, parameters and moments makes θ̂, where it is told to, and ∂θ̂/∂g."""
 _BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 24  # entries, for a processor's core and for other devices
 _SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
 
@@ -44,20 +44,19 @@ class Slopes(NamedTuple):
     """θ̂ and ∂θ̂/∂g, by the id of the parameter; the entries that are in this process.
 
     A slope that all entries have in common is a number. Those that are not finite are 0, and
-    ``num_cut`` counts them.
+    ``nums_cut`` count them.
     """
 
     values: dict[int, Tensor]
     slopes: dict[int, Tensor | float]
-    num_cut: Tensor
+    nums_cut: list[Tensor]
 
 
 def taken(programs: Sequence[Program], kinds: Sequence[Kind]) -> Slopes:
     """The step of each kind by its program."""
-    num_cut = torch.zeros((), dtype=torch.int64, device=kinds[0].columns[0][0].device)
-    found = Slopes({}, {}, num_cut)
+    found = Slopes({}, {}, [])
     for program, kind in zip(programs, kinds, strict=True):
-        for pack in _packs(kind.columns[1]):
+        for pack in packs(kind.columns[1]):
             _run(program, [[kept[i] for i in pack] for kept in kind.columns], found)
     return found
 
@@ -123,11 +122,10 @@ def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -
         if value.numel() > size:
             blocks = [whole.split(size) for (whole,) in blocks]
     for *given, to_value, to_slope in zip(*blocks, strict=True):
-        new, moved = program(given)
-        to_value.copy_(new)
+        moved = program(given, to_value)
         if moved.entries is not None:
             torch.mul(moved.entries.expand_as(to_slope), moved.scale, out=to_slope)
-            found.num_cut.add_(_cut(to_slope).to(found.num_cut.device))
+            found.nums_cut.append(_cut(to_slope))
     keys, is_number = list(map(id, members)), moved.entries is None
     found.values.update(zip(keys, parted(value, like), strict=True))
     slopes = [moved.scale] * len(keys) if is_number else parted(slope, like)
@@ -138,7 +136,7 @@ def _size_on(device: torch.device) -> int:
     return _BLOCK * torch.get_num_threads() if device.type == "cpu" else _LARGE_BLOCK
 
 
-def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
+def packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
     """Which go through as one: those that fill a block together, or one alone."""
     size = _size_on(members[0].device)
     sizes = [p.numel() if p.is_contiguous() else size for p in map(local, members)]

@@ -111,7 +111,8 @@ def _by_own_step(
 
         return by_recording(optimizer, gradients, num_zero_moments)
     step = by_rule(optimizer, gradients)
-    num_zero_moments += step.num_cut.to(num_zero_moments.device)
+    for number in step.nums_cut:
+        num_zero_moments += number.to(num_zero_moments.device)
     return differentiable(step, gradients)
 
 

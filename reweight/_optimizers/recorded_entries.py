@@ -43,7 +43,9 @@ def entry_by_entry(
         moved, recorder = recorded_step(some, leaves, how, calls)
         if not recorder.is_entrywise or recorder.is_widened or recorder.has_constants:
             return None
-        programs = [Program(calls, few, moved[k]) for k, few in zip(leaves, inputs, strict=True)]
+        programs = [
+            Program(calls, few, moved[k]).into for k, few in zip(leaves, inputs, strict=True)
+        ]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it asks for what entries alone have not

@@ -54,7 +54,8 @@ def by_recording(
             )
             _known[optimizer] = known
         if known.how.by_entries and (step := entry_by_entry(optimizer, gradients, known.how)):
-            num_cut += step.num_cut.to(num_cut.device)
+            for number in step.nums_cut:
+                num_cut += number.to(num_cut.device)
             return differentiable(step, gradients)
         tracked = {key: g for key, g in gradients.items() if g is not None and g.requires_grad}
         is_finite = torch.ones_like(num_cut, dtype=torch.bool)

@@ -118,15 +118,19 @@ def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
     decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
 
     @torch.no_grad()
-    def program(inputs: Sequence[Tensor]) -> tuple[Tensor, Slope]:
+    def program(inputs: Sequence[Tensor], out: Tensor) -> Slope:
         g, p, *moments = inputs
         d = -g if group.get("maximize") else g
         if decay and not decoupled:
             d = d.add(p, alpha=decay)
         start = p * (1 - lr * decay) if decoupled and decay else p
         step, slope = rule(group, dict(zip(kind.names, moments, strict=True)), count, d)
-        moved = start - lr * step if isinstance(lr, Tensor) else start.sub(step, alpha=lr)
-        return moved, Slope(1.0) * slope * (lr if group.get("maximize") else -lr)
+        if isinstance(lr, Tensor):
+            torch.sub(start, lr * step, out=out)
+        else:
+            torch.sub(start, step, alpha=lr, out=out)
+        moved: Slope = Slope(1.0) * slope * (lr if group.get("maximize") else -lr)
+        return moved
 
     return program
 

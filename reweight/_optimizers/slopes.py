@@ -154,6 +154,13 @@ class Program:
         result = held[self._result]
         return result.value, result.slope
 
+    @torch.no_grad()
+    def into(self, inputs: Sequence[Tensor], out: Tensor) -> Slope:
+        """The same, the result written to another tensor."""
+        value, slope = self(inputs)
+        out.copy_(value)
+        return slope
+
 
 def _memory(tensor: Tensor) -> int:
     place: int = tensor.untyped_storage()._cdata

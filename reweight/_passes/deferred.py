@@ -44,20 +44,23 @@ class Deferred:
         return bool(self._places)
 
     def put_off(
-        self, like: Tensor, given: Sequence[Tensor], compute: Callable[[], Tensor]
+        self, like: Tensor, given: Sequence[Tensor | None], compute: Callable[[], Tensor]
     ) -> Tensor:
         """A tensor whose entries are undefined until it is filled.
 
         Args:
             like: has its shape, dtype and strides.
-            given: what it is computed of.
+            given: what it is computed of, and may wait itself.
             compute: gives its value, without tangents.
         """
         self._places = {key: p for key, p in self._places.items() if not p.memory.expired()}
         place = torch.empty_like(like)
         device, enabled = like.device.type, torch.is_autocast_enabled(like.device.type)
 
+        kept = [tensor for tensor in given if tensor is not None]
+
         def compute_as_here() -> Tensor:
+            self.fill(kept)
             with torch.autocast(device, torch.get_autocast_dtype(device), enabled):
                 return compute()
 
@@ -68,7 +71,7 @@ class Deferred:
             place.stride(),
             place.dtype,
             compute_as_here,
-            [(tensor, tensor._version) for tensor in given],
+            [(tensor, tensor._version) for tensor in kept],
         )
         return place
 
@@ -85,7 +88,7 @@ class Deferred:
 
     def fill_all(self) -> None:
         """Let all have their values that are still there."""
-        for key in list(self._places):
+        for key in reversed(list(self._places)):  # those that have gone keep others
             self._fill(key)
 
     def _fill(self, key: int) -> None:

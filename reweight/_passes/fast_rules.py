@@ -7,31 +7,36 @@ A rule takes what the call came to before and its arguments, and gives a dual nu
 PyTorch's own forward mode is to run. Dual numbers of a rule end the graph of an inner gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from reweight._passes.deferred import Deferred
 from reweight._passes.memory import memory_of, tensors_in
-from reweight._passes.norm_rules import Rule, attention, batch_norm, fitting, layer_norm
+from reweight._passes.norm_rules import (
+    Rule,
+    attention,
+    batch_norm,
+    completed,
+    fitting,
+    layer_norm,
+)
 from reweight._passes.operations import dual, is_continuous, unpack
 from reweight._passes.tangent_rules import embedding
 
 aten = torch.ops.aten
-
-PutOff: TypeAlias = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], Tensor]
-"""Keeps a place for a value: like the tangent, of what it is computed, and how."""
 
 
 def product_rule(product: Callable[..., Tensor]) -> Rule:
     """(input, weight, bias, ...) → input · weight + bias, linear in each."""
 
     def rule(
-        known: Tensor | PutOff | None,
+        known: Tensor | Deferred | None,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -51,8 +56,9 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
                 leaves = [_leaf(*each) for each in zip(given, (dx, dw, db), strict=True)]
                 return F.linear(*leaves).detach()
 
-        if strided:
-            x, dx = x.contiguous(), None if dx is None else dx.contiguous()
+        order = _in_memory(x) if strided else None
+        if order is not None:
+            x, dx = (each if each is None else each.permute(order).contiguous() for each in (x, dx))
         tangent = None if dw is None else product(x, dw, db, *args, **kw)
         if dx is None:
             pass
@@ -64,12 +70,17 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         else:
             tangent.add_(product(dx, w, None, *args, **kw))
         assert tangent is not None
-        if not isinstance(known, Tensor):
-            whole = [each for each in given if each is not None]
-            known = compute() if known is None else known(tangent, whole, compute)
-        return fitting(known, tangent)
+        if order is not None:
+            tangent = tangent.permute([order.index(dim) for dim in range(len(order))])
+        return completed(known, tangent, given, compute)
 
     return rule
+
+
+def _in_memory(tensor: Tensor) -> list[int]:
+    """Its dimensions in the order of memory, the last one last."""
+    *dims, last = range(tensor.dim())
+    return [*sorted(dims, key=tensor.stride, reverse=True), last]
 
 
 def _leaf(value: Tensor | None, tangent: Tensor | None) -> Any:
@@ -101,15 +112,23 @@ def _divided(
 
 
 def _added(sign: int) -> Rule:
-    def rule(known: Tensor | None, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+    def rule(
+        known: Tensor | Deferred | None, input: Any, other: Any, *, alpha: Any = 1
+    ) -> Tensor | None:
         (x, dx), (y, dy) = map(_parts, (input, other))
+        given = [each for each in (x, y) if isinstance(each, Tensor)]
+
+        def compute() -> Tensor:
+            return torch.add(x, y, alpha=sign * alpha)
+
         if dx is not None and dy is not None:
-            if known is None:
+            if known is None or dx.dtype != dy.dtype:
                 return None
-            return fitting(known, torch.add(dx, dy, alpha=sign * alpha))
-        value = known
-        if value is None:
-            value = torch.add(x, y, alpha=alpha) if sign > 0 else torch.sub(x, y, alpha=alpha)
+            tangent = torch.add(dx, dy, alpha=sign * alpha)
+            return completed(known, tangent, given, compute)
+        if isinstance(known, Deferred):  # no tangent has its strides
+            known.fill(given)
+        value = known if isinstance(known, Tensor) else compute()
         if dy is None:
             return fitting(value, dx.expand(value.shape).clone())
         return fitting(value, dy.expand(value.shape) * (sign * alpha))
@@ -194,12 +213,14 @@ PRODUCTS: tuple[Callable[..., Tensor], ...] = (
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 )
+_SUMS = {"add": 1, "sub": -1, "subtract": -1}
+PUT_OFF = {*PRODUCTS, F.batch_norm, *_named(*_SUMS)}
+"""Whose values wait for one to read them, where they have gone."""
 _threshold = partial(aten.threshold_backward, threshold=0)
 FAST_RULES: dict[Callable[..., Any], Rule] = {
     **{product: product_rule(product) for product in PRODUCTS},
     # PyTorch takes a tensor of zeros for the tangent of a constant, at half a millisecond each.
-    **dict.fromkeys(_named("add"), _added(1)),
-    **dict.fromkeys(_named("sub", "subtract"), _added(-1)),
+    **{func: _added(sign) for name, sign in _SUMS.items() for func in _named(name)},
     **dict.fromkeys(_named("mul", "multiply"), _bilinear(torch.mul)),
     **dict.fromkeys(_named("div", "divide", "true_divide"), _divided),
     Tensor.__rdiv__: lambda known, input, other: _divided(known, other, input),
@@ -225,12 +246,12 @@ OF_KNOWN: dict[Callable[..., Any], Rule] = {
     F.silu: _silu,
 }
 """Where PyTorch's forward mode is as good unless the value is known."""
-OF_TANGENTS = (OF_KNOWN.keys() | _named("add", "sub", "subtract")) - {
+OF_TANGENTS = (OF_KNOWN.keys() | _named(*_SUMS)) - {
     *_named("matmul", "mm", "bmm"),
     F.gelu,
     F.silu,
 }
-"""What takes nothing of its arguments but their tangents, if the value is known."""
+"""What takes nothing of its arguments but their tangents, if the value is known or waits too."""
 VIEWS = set(
     _named(
         *("view", "view_as", "reshape", "flatten", "unflatten", "contiguous", "expand", "narrow"),
@@ -239,5 +260,5 @@ VIEWS = set(
     )
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 """What may come to another view of the same memory, and can be done again where it does not."""
-RECALLED = (FAST_RULES.keys() | OF_KNOWN.keys()) - {F.batch_norm}
+RECALLED = FAST_RULES.keys() | OF_KNOWN.keys()
 """What has a rule that can make use of what it came to."""

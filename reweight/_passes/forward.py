@@ -229,9 +229,9 @@ class ExitForward:
             )
         _check_fields(exit_losses)
         counted = exit_losses.counted
-        if counted is None:
+        if counted is None or self._is_plain:  # whose losses are 0 there
             return exit_losses
-        return exit_losses._replace(losses=torch.where(counted, exit_losses.losses, 0))
+        return exit_losses._replace(losses=exit_losses.losses.masked_fill(~counted, 0))
 
 
 def _check_fields(losses: ExitLosses) -> None:

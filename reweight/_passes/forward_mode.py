@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from reweight._passes.custom_functions import applied_by, scripts_called_by
 from reweight._passes.deferred import Deferred
 from reweight._passes.eager import attention_layer
-from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PRODUCTS, VIEWS
+from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PUT_OFF, VIEWS
 from reweight._passes.ladder import GRADIENTS, Ladder
 from reweight._passes.memory import is_large, is_plain, memory_of, tensors_in
-from reweight._passes.operations import dual, have_tangents, unpack
+from reweight._passes.norm_rules import completed
+from reweight._passes.operations import have_tangents, unpack
 from reweight._passes.primal_cache import ASKS, Call, Departure, PrimalCache
 from reweight._passes.tangent_rules import RULES
 
@@ -114,7 +115,12 @@ class _ForwardMode(TangentsWithGradients):
             pass
         elif func is F.dropout:
             result = self._dropout(*args, **kwargs)
-        elif func in OF_TANGENTS and self._recall and self._recall.value(call) is not None:
+        elif (
+            call
+            and self._recall
+            and func in OF_TANGENTS
+            and (func in PUT_OFF or self._recall.value(call) is not None)
+        ):
             result = self._by_rule(func, args, kwargs, call)
         if result is not None:
             return result
@@ -138,13 +144,9 @@ class _ForwardMode(TangentsWithGradients):
             return None
         factors: Tensor = F.dropout(torch.ones_like(x), p)
 
-        def compute() -> Tensor:
-            self.deferred.fill([x])
-            return factors.mul(x)
-
         tangent = dx * factors
-        value = self.deferred.put_off(tangent, [x, factors], compute) if waits else compute()
-        return dual(value, tangent)
+        known = self.deferred if waits else None
+        return completed(known, tangent, [x, factors], lambda: factors.mul(x))
 
     def apply(self, function: Any, apply: Callable[..., Any], args: Any) -> Any:
         """Apply a custom Function to dual numbers."""
@@ -162,7 +164,7 @@ class _ForwardMode(TangentsWithGradients):
             return None
         value = None if self._recall is None else self._recall.value(call)
         if rule is not None:
-            known = self.deferred.put_off if value is None and call and func in PRODUCTS else value
+            known = self.deferred if value is None and call and func in PUT_OFF else value
             return rule(known, *args, **kwargs)
         # A view stays one: what is written to it is written to what it is of.
         if value is None or memory_of(value) in map(memory_of, tensors):

@@ -4,8 +4,9 @@ The tangent of BatchNorm is its backward: with y = γ·x̂ + β, x̂ = (x − me
 
     ∂y/∂x = γ/std · (I − 1·1ᵀ/n − x̂·x̂ᵀ/n)
 
-is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇ takes one fused kernel and one pass; LayerNorm's is,
-but for γ, symmetric for each sample, and so is the softmax of attention.
+is symmetric, so that ẏ = (∂y/∂x)ᵀ·ẋ + γ̇·x̂ + β̇: one kernel for the first term, and the forward's own
+with γ̇ and β̇ for the others, which gives the statistics as well. LayerNorm's is, but for γ,
+symmetric for each sample, and so is the softmax of attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reweight._passes.deferred import Deferred
 from reweight._passes.operations import dual, unpack
 
 aten = torch.ops.aten
 
 
 Rule: TypeAlias = Callable[..., Tensor | None]
-"""What the same call came to before, None if that has gone, and its arguments → a dual number."""
+"""What the same call came to before, and its arguments → a dual number.
+
+Where it has gone there is None, or what can put it off, if any of the arguments may wait as well.
+"""
+
+
+def completed(
+    known: Tensor | Deferred | None,
+    tangent: Tensor,
+    given: Sequence[Tensor | None],
+    compute: Callable[[], Tensor],
+) -> Tensor | None:
+    """A dual number of this tangent; its value is computed only if it must be."""
+    if isinstance(known, Deferred):
+        known = known.put_off(tangent, given, compute)
+    return fitting(compute() if known is None else known, tangent)
 
 
 def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
@@ -35,7 +52,7 @@ def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
 
 
 def batch_norm(
-    known: Tensor | None,
+    known: Tensor | Deferred | None,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -50,19 +67,22 @@ def batch_norm(
     (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
     if dx is None or (dweight is None) != (dbias is None):
         return None
-    # Not recalled: it has the running statistics to move, which the model may read.
+
+    # Run in any case: it has the running statistics to move, which the model may read.
+    w, b = (weight, bias) if dweight is None else (dweight, dbias)
     value, mean, inverse = torch.native_batch_norm(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
+        x, w, b, running_mean, running_var, training, momentum, eps
     )
     tangent = aten.native_batch_norm_backward(
         dx, x, weight, None, None, mean, inverse, training, eps, [True, False, False]
     )[0]
-    if dweight is not None:
-        # γ̇·x̂ + β̇, by the kernel of the evaluation mode with the statistics of this batch.
-        tangent += torch.native_batch_norm(
-            x, dweight, dbias, mean, inverse.pow(-2), False, 0.0, 0.0
-        )[0]
-    return fitting(value, tangent)
+    if dweight is None:
+        return fitting(value, tangent)
+
+    def compute() -> Tensor:
+        return torch.native_batch_norm(x, weight, bias, None, None, training, momentum, eps)[0]
+
+    return completed(known, tangent.add_(value), (x, weight, bias), compute)
 
 
 def layer_norm(
@@ -80,7 +100,7 @@ def layer_norm(
     (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
     if dx is None or (dweight is None) != (dbias is None):
         return None
-    shape, x, dx = list(normalized_shape), x.contiguous(), dx.contiguous()  # or each kernel does so
+    shape, x = list(normalized_shape), x.contiguous()  # or each kernel does so
     value, affine = known, None
     if dweight is not None:  # which gives the statistics too
         affine, mean, inverse = torch.native_layer_norm(x, shape, dweight, dbias, eps)

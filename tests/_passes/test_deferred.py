@@ -63,6 +63,11 @@ def as_array(y: Tensor) -> Tensor:
     return y + torch.from_numpy(array.copy())
 
 
+def normalised(y: Tensor) -> Tensor:
+    z = F.batch_norm(y, None, None, y[0], y[1], training=True)
+    return torch.where(z > 0, z + y, y)
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is deprecated, since different versions in different ways
     scripted = torch.jit.script(doubled)
@@ -75,6 +80,11 @@ READERS = {
     "dropout and a comparison": lambda y: torch.where((z := F.dropout(y)) > 0, z, y),
     "dropout in place": lambda y: F.dropout(y, inplace=True),
     "kept after dropout": lambda y: (F.dropout(y) + 1).sin(),
+    "sum": lambda y: (y + y * 2).relu(),
+    "sum and comparison": lambda y: torch.where((z := y - y * 2) > 0, z, y),
+    "sum changed in place": lambda y: (y + y * 2).add_(1).add_(y),
+    "normalised": lambda y: (F.batch_norm(y, None, None, training=True) + y).relu(),
+    "normalised and comparison": normalised,
     "comparison": lambda y: torch.where(y > 0, y, 0),
     "comparison of a view": lambda y: torch.where(y.view(-1).view_as(y) > 0, y, 0),
     "best class": in_no_grad,
@@ -135,7 +145,8 @@ def test_putting_off_changes_nothing(name: str, dtype: torch.dtype, put_off, mon
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("views", 0), ("kept after dropout", 0), ("comparison", 1)]
+    ("name", "expected"),
+    [("views", 0), ("kept after dropout", 0), ("comparison", 1), ("sum and comparison", 2)],
 )
 def test_what_nothing_reads_is_not_computed(name: str, expected: int, monkeypatch) -> None:
     computed: list[torch.Size] = []
