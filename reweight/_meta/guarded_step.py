@@ -1,13 +1,17 @@
 """A step of an optimizer that is taken or not, and can be taken back."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from reweight._passes.snapshots import clones
+from reweight._optimizers.entries import joined, parted
+from reweight._passes.snapshots import clones, copy_all
+
+Pair: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Snapshot:
@@ -53,29 +57,44 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
     Returns:
         Whether the step was taken, bool, scalar.
     """
-    if ok.device.type == "cpu":  # which is not waited for, and need not do what is then undone
-        if ok:
-            optimizer.step()
-            ok = are_finite(before.parameters).all()
-            if not ok:
-                before.restore()
-        before.clear_gradients()
-        return ok
-    for parameter in before.parameters:
-        if parameter.grad is not None:
-            parameter.grad = torch.where(ok, parameter.grad, 0)
-    optimizer.step()
-    ok = ok & are_finite(before.parameters).all()
-    for parameter, value, state in zip(
-        before.parameters, before.values, before.states, strict=True
-    ):
-        parameter.data.copy_(torch.where(ok, parameter.data, value))
-        for name, old in (state or {}).items():
-            new = optimizer.state[parameter][name]
-            if isinstance(old, Tensor) and old.device == ok.device:
-                new.copy_(torch.where(ok, new, old))
+    # The CPU is not waited for, and need not do what is then undone.
+    ok = (_asked if ok.device.type == "cpu" else _unasked)(optimizer, ok, before)
     before.clear_gradients()
     return ok
+
+
+def _asked(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+    if ok:
+        optimizer.step()
+        ok = are_finite(before.parameters).all()
+        if not ok:
+            before.restore()
+    return ok
+
+
+@torch.no_grad()
+def _unasked(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+    _keep_where(ok, [(p.grad, None) for p in before.parameters if p.grad is not None])
+    optimizer.step()
+    ok = ok & are_finite(before.parameters).all()
+    pairs = list[Pair](zip(before.parameters, before.values, strict=True))
+    for parameter, state in zip(before.parameters, before.states, strict=True):
+        for name, old in (state or {}).items():
+            if isinstance(old, Tensor) and old.device == ok.device:
+                pairs.append((optimizer.state[parameter][name], old))
+    _keep_where(ok, pairs)
+    return ok
+
+
+def _keep_where(ok: Tensor, pairs: Iterable[Pair]) -> None:
+    """Let the first of each be the second, or 0, unless it is so; all of a dtype as one."""
+    alike = defaultdict[torch.dtype, list[Pair]](list)
+    for tensor, other in pairs:
+        alike[tensor.dtype].append((tensor.detach(), other))
+    for some in alike.values():
+        kept, others = [tensor for tensor, _ in some], [t for _, t in some if t is not None]
+        chosen = torch.where(ok, joined(kept), joined(others) if others else 0)
+        copy_all(kept, parted(chosen, kept))
 
 
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,19 +7,27 @@ import torch
 from torch.optim import SGD, Adam
 
 from properties import assert_same
+from reweight._meta import guarded_step
 from reweight._meta.guarded_step import Snapshot, step_where
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize(
     "make", [Adam, lambda p: SGD(p, lr=0.1), lambda p: SGD(p, lr=0.1, momentum=0.9)]
 )
-def test_step_where_steps_or_changes_nothing(make, num_steps: int) -> None:
+def test_step_where_steps_or_changes_nothing(
+    make, num_steps: int, is_asked: bool, monkeypatch
+) -> None:
+    if not is_asked:  # as on a GPU
+        monkeypatch.setattr(guarded_step, "_asked", guarded_step._unasked)
+
     def fresh():
         parameter = torch.tensor([1.0, 2.0], requires_grad=True)
-        optimizer = make([parameter])
+        optimizer = make([parameter, torch.ones(2, 3, requires_grad=True)])
         for _ in range(num_steps):
-            parameter.grad = torch.tensor([0.5, -1.0])
+            for each in optimizer.param_groups[0]["params"]:
+                each.grad = torch.full_like(each, 0.5)
             optimizer.step()
         return parameter, optimizer
 
