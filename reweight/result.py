@@ -121,10 +121,21 @@ class StepResult(NamedTuple):
         return found
 
     @classmethod
-    def of(cls, losses: ExitLosses, weights: Tensor, update: Update | None) -> "StepResult":
-        """The report of a step with these losses and weights, and perhaps an update."""
+    def of(
+        cls,
+        losses: ExitLosses,
+        weights: Tensor,
+        update: Update | None,
+        shares: Tensor | None = None,
+    ) -> "StepResult":
+        """The report of a step with these losses and weights, and perhaps an update.
+
+        Where they are known, the shares are those of the samples in the mean of this rank alone.
+        """
         losses, weights = losses._replace(losses=losses.losses.detach()), weights.detach()
-        train_loss = losses.mean_over_samples(weights * losses.losses).sum()
+        each, counted = weights * losses.losses, losses.counted
+        each = each if counted is None else each.masked_fill(~counted, 0)
+        train_loss = (each * (losses.sample_shares() if shares is None else shares)).sum()
         auxiliary = None if losses.auxiliary is None else losses.auxiliary.detach()
         if auxiliary is not None:
             losses, train_loss = losses._replace(auxiliary=auxiliary), train_loss + auxiliary

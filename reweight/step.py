@@ -197,10 +197,10 @@ class MetaReweightStep:
                 batch = self._forward.spare(train) if due and lean else train
                 losses = forward(*batch, within=within, wrapped=not unsettled)
                 losses = self._forward.with_features(require_graph(losses), spare)
-                shares = scale * losses.sample_shares()
+                shares = losses.sample_shares()
                 grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
                 grads = self._lookahead.beside(grads, losses, moved, scale)
-                parts = spare, beginning, losses, cache, moved, grads, shares
+                parts = spare, beginning, losses, cache, moved, grads, scale * shares
                 first = FirstForward(*parts, keep_graph=not lean)
                 if waiting is not None:
                     update = self._update(waiting, losses)
@@ -210,9 +210,9 @@ class MetaReweightStep:
                         beginning.restore()
                         losses = forward(*train)._replace(features=losses.features)
                 weights = self._learner.weights(losses, update)
-                keep = lagged and not lean  # the graph, for its values, not for another backward
+                keep, factors = lagged and not lean, first.sample_shares * weights  # for its values
                 with self._hooks.watched(was_left_out=update is not None and not lagged):
-                    self._lookahead.backward(losses, shares * weights, scale, keep=keep)
+                    self._lookahead.backward(losses, factors, scale, keep=keep)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)
@@ -228,7 +228,7 @@ class MetaReweightStep:
             raise
         self._learner.num_calls += 1
         self._lookahead.waiting = postponed
-        return StepResult.of(losses, weights, update)
+        return StepResult.of(losses, weights, update, shares if self._group is None else None)
 
     @again_if_need_be
     def update_reweighter(self, train: Batch, meta: Batch) -> StepResult:
