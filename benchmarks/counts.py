@@ -3,10 +3,10 @@
 Counted on the CPU below autograd, where each operation arrives once: a launch is an operation that
 is no view and allocates no more than memory; its bytes are those of its inputs and outputs, each
 read or written once; a product of two numbers is a multiply-add. The cross-entropy of all exits is
-what its Triton kernels are, one launch forward, one backward, one in forward mode, and optimizers
-are those of a GPU (``foreach``). The roofline gives an operation the longest of the three: its
-bytes at this bandwidth, its arithmetic at this rate, a launch; the last column has no launches, as
-where batches are large.
+what its Triton kernels are, one launch forward, one backward, one in forward mode, optimizers are
+those of a GPU (``foreach``), and nothing is looked at that a GPU would be waited for. The roofline
+gives an operation the longest of the three: its bytes at this bandwidth, its arithmetic at this
+rate, a launch; the last column has no launches, as where batches are large.
 
     python benchmarks/counts.py                                # all nets; writes results/counts.txt
     python benchmarks/counts.py --nets vit --operations 20     # which operations it is that cost
