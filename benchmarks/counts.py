@@ -168,6 +168,7 @@ def counting() -> Iterator[Cost]:
         patch("reweight._targets.is_traced", lambda: True),
         patch.object(guarded_step, "_asked", guarded_step._unasked),
         patch.object(entries, "_BLOCK", entries._LARGE_BLOCK),
+        patch.object(entries, "_SMALL", entries._SMALL_THERE),
     ]
     for each in patches:
         each.start()

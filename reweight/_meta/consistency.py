@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reweight._meta.problem import Known, MetaProblem, relative_difference
 from reweight._optimizers.accepted import Parameters
-from reweight._optimizers.entries import joined, packs
+from reweight._optimizers.entries import joined, together
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
 from reweight._ranks.collectives import gather, local, num_ranks
@@ -46,7 +46,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
             pairs[-share, tangent.device].append((local(tangent), local(before)))
     dots, lengths = list[Tensor](), list[Tensor]()
     for (share, _), each in pairs.items():
-        rows = torch.stack([number for pack in _packs(each) for number in pack])
+        rows = torch.stack([number for group in _groups(each) for number in group])
         dots.append(share * rows.to(value).view(-1, 3)[:, 0])
         lengths.append(rows.to(value).view(-1, 3)[:, 1:])
     sums = torch.cat(dots or [value.new_zeros(1)])
@@ -63,11 +63,11 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     return torch.stack([terms.sum(), sums.sum(), size])
 
 
-def _packs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
-    """⟨a, b⟩ and the lengths of both, of small ones as if they were one, a block at a time."""
+def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """⟨a, b⟩ and the lengths of both, of all small ones as if they were one."""
     columns = list(zip(*pairs, strict=True))
-    for pack in packs(columns[0]):
-        a, b = (joined([kept[i] for i in pack]).reshape(-1) for kept in columns)
+    for group in together(columns[0]):
+        a, b = (joined([kept[i] for i in group]).reshape(-1) for kept in columns)
         yield torch.dot(a, b), *torch._foreach_norm([a, b])
 
 

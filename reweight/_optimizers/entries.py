@@ -23,7 +23,7 @@ from reweight._ranks.shards import shard_like
 Program: TypeAlias = Callable[[Sequence[Tensor], Tensor], Slope]
 """Of gradients, parameters and moments makes θ̂, where it is told to, and ∂θ̂/∂g."""
 _BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 24  # entries, for a processor's core and for other devices
-_SMALL = 1 << 12  # entries; below, calling an operation costs more than what it does
+_SMALL, _SMALL_THERE = 1 << 12, 1 << 20  # the same; below, calling an operation is what costs
 
 
 class Kind(NamedTuple):
@@ -56,7 +56,7 @@ def taken(programs: Sequence[Program], kinds: Sequence[Kind]) -> Slopes:
     """The step of each kind by its program."""
     found = Slopes({}, {}, [])
     for program, kind in zip(programs, kinds, strict=True):
-        for pack in packs(kind.columns[1]):
+        for pack in _packs(kind.columns[1]):
             _run(program, [[kept[i] for i in pack] for kept in kind.columns], found)
     return found
 
@@ -136,7 +136,7 @@ def _size_on(device: torch.device) -> int:
     return _BLOCK * torch.get_num_threads() if device.type == "cpu" else _LARGE_BLOCK
 
 
-def packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
+def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
     """Which go through as one: those that fill a block together, or one alone."""
     size = _size_on(members[0].device)
     sizes = [p.numel() if p.is_contiguous() else size for p in map(local, members)]
@@ -230,7 +230,8 @@ def together(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which go through operations as one: small ones that are alike."""
     found: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        is_small = tensor.numel() <= _SMALL and tensor.is_contiguous()
+        most = _SMALL if tensor.device.type == "cpu" else _SMALL_THERE
+        is_small = tensor.numel() <= most and tensor.is_contiguous()
         found[(tensor.device, tensor.dtype) if is_small else i].append(i)
     return list(found.values())
 
