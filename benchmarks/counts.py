@@ -166,7 +166,7 @@ def counting() -> Iterator[Cost]:
         patch("reweight.losses.choose", lambda impl, *rest: "triton"),
         # What a GPU is not waited for, and as much as goes through it at once.
         patch("reweight._targets.is_traced", lambda: True),
-        patch.object(guarded_step, "_asked", guarded_step._unasked),
+        patch.object(guarded_step, "_step_if", guarded_step._step_and_undo),
         patch.object(entries, "_BLOCK", entries._LARGE_BLOCK),
         patch.object(entries, "_SMALL", entries._SMALL_THERE),
     ]

@@ -210,9 +210,9 @@ class MetaReweightStep:
                         beginning.restore()
                         losses = forward(*train)._replace(features=losses.features)
                 weights = self._learner.weights(losses, update)
-                keep, factors = lagged and not lean, first.sample_shares * weights  # for its values
+                keep = lagged and not lean  # the graph, for its values, not for another backward
                 with self._hooks.watched(was_left_out=update is not None and not lagged):
-                    self._lookahead.backward(losses, factors, scale, keep=keep)
+                    self._lookahead.backward(losses, scale * shares * weights, scale, keep=keep)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)

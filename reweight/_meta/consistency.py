@@ -31,7 +31,8 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    terms, norm = known.weights * value, torch.linalg.vector_norm
+    norm = torch.linalg.vector_norm
+    terms = known.weights * value
     # Of v and gradient, by share and device.
     pairs, ranks = defaultdict[Any, list[tuple[Tensor, Tensor]]](list), num_ranks()
     for name, tangent in direction.items():
@@ -52,14 +53,14 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
     sums = torch.cat(dots or [value.new_zeros(1)])
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
     of_samples = problem.first.sample_shares * known.weights
-    loss = norm(of_samples * problem.first.losses.losses, 1) / norm(of_samples, 1)
+    all_of_it = norm(of_samples, 1).clamp(min=torch.finfo(value.dtype).tiny)  # it may be 0
+    loss = norm(of_samples * problem.first.losses.losses, 1) / all_of_it
     by_heart = 8 * problem.precision ** (2 / 3)
-    is_known = (loss / by_heart).clamp(problem.precision / by_heart, 1)
+    certainty = (loss / by_heart).clamp(problem.precision / by_heart, 1)
     # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    both = norm(
-        torch.cat(lengths or [value.new_zeros(1, 2)]), dim=0
-    ).prod() * problem.precision ** (1 / 3)
-    size = torch.stack([norm(terms, 1) / is_known, norm(sums, 1), both]).amax()
+    both = norm(torch.cat(lengths or [value.new_zeros(1, 2)]), dim=0).prod()
+    rounding = both * problem.precision ** (1 / 3)
+    size = torch.stack([norm(terms, 1) / certainty, norm(sums, 1), rounding]).amax()
     return torch.stack([terms.sum(), sums.sum(), size])
 
 

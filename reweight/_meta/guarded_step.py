@@ -57,13 +57,14 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
     Returns:
         Whether the step was taken, bool, scalar.
     """
-    # The CPU is not waited for, and need not do what is then undone.
-    ok = (_asked if ok.device.type == "cpu" else _unasked)(optimizer, ok, before)
+    step = _step_if if ok.device.type == "cpu" else _step_and_undo
+    taken = step(optimizer, ok, before)
     before.clear_gradients()
-    return ok
+    return taken
 
 
-def _asked(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+def _step_if(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+    """On the CPU, which is not waited for and need not do what is then undone."""
     if ok:
         optimizer.step()
         ok = are_finite(before.parameters).all()
@@ -73,7 +74,8 @@ def _asked(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
 
 
 @torch.no_grad()
-def _unasked(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+def _step_and_undo(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
+    """On a device that is not asked."""
     _keep_where(ok, [(p.grad, None) for p in before.parameters if p.grad is not None])
     optimizer.step()
     ok = ok & are_finite(before.parameters).all()

@@ -20,7 +20,7 @@ def test_step_where_steps_or_changes_nothing(
     make, num_steps: int, is_asked: bool, monkeypatch
 ) -> None:
     if not is_asked:  # as on a GPU
-        monkeypatch.setattr(guarded_step, "_asked", guarded_step._unasked)
+        monkeypatch.setattr(guarded_step, "_step_if", guarded_step._step_and_undo)
 
     def fresh():
         parameter = torch.tensor([1.0, 2.0], requires_grad=True)
