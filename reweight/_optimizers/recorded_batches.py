@@ -16,7 +16,7 @@ from reweight._optimizers.batch_recorder import BatchRecorder
 from reweight._optimizers.entries import is_number, only_numbers
 from reweight._optimizers.own_step import By, copied, own_step
 from reweight._optimizers.recorded_step import How, precision, run
-from reweight._optimizers.scalars import valued
+from reweight._optimizers.scalars import Refused, valued
 from reweight._optimizers.twin import part, twin
 from reweight._ranks.collectives import is_sharded
 
@@ -60,7 +60,8 @@ def _kinds(
     optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None]
 ) -> list[list[Tensor]]:
     """Those that are alike; none where the optimizer holds what may be of each."""
-    if not only_numbers(optimizer):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not only_numbers(optimizer) or any(id(key) not in held for key in optimizer.state):
         return []
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for number, group in enumerate(optimizer.param_groups):
@@ -111,11 +112,25 @@ def _take(
     run(new, recorder)
     for members, start, follows in zip(batches, starts, recorder.follows, strict=True):
         moved = recorder.read(new.parameters[id(members[0])])
+        own, before = (
+            torch.stack([kept[id(p)] for p in members]).flatten(1)
+            for kept in (values, {id(p): p.detach() for p in members})
+        )
+        off = (moved.detach().flatten(1) - own).norm(dim=1)
+        if not (off <= _allowed(own, before, recorder))[follows].all():
+            raise Refused("its step does other things to one of them")
         if start.requires_grad and not all(follows):
             start.register_hook(partial(_kept, torch.tensor(follows, device=start.device)))
-        exact = valued(moved, torch.stack([values[id(p)] for p in members]))
+        exact = valued(moved, own.view_as(moved))
         pairs = zip(members, exact, follows, strict=True)
         found.update((id(p), one) for p, one, does in pairs if does)
+
+
+def _allowed(own: Tensor, before: Tensor, recorder: BatchRecorder) -> Tensor:
+    """How far the step of each may be off by rounding: iterations in bfloat16 are by a tenth."""
+    eps, rounding = torch.finfo(own.dtype).eps, 0.1 if recorder.is_widened else 1e-3
+    allowed: Tensor = 4 * eps * own.norm(dim=1) + rounding * (own - before).norm(dim=1)
+    return allowed
 
 
 def _kept(follows: Tensor, derivative: Tensor) -> Tensor:

@@ -23,9 +23,16 @@ class _Known(NamedTuple):
     kind: type[optim.Optimizer]
     kinds: frozenset[Any]
     how: How
+    num_uses: int  # since it was verified
+
+    @property
+    def is_looked_at_again(self) -> bool:
+        """Whether it is due: a step may do something else from some turn on."""
+        return self.num_uses in _AGAIN_AFTER
 
 
 _known: WeakKeyDictionary[optim.Optimizer, _Known] = WeakKeyDictionary()
+_AGAIN_AFTER = {4**n for n in range(1, 12)}  # uses
 
 
 def by_recording(
@@ -46,13 +53,13 @@ def by_recording(
         known = _known.get(optimizer)
         found = frozenset(kinds(optimizer, gradients))
         if known is None or known.kind is not type(optimizer):
-            known = _Known(type(optimizer), frozenset(), USUAL)
-        if not found <= known.kinds:
+            known = _Known(type(optimizer), frozenset(), USUAL, 0)
+        if not found <= known.kinds or known.is_looked_at_again:
             verified = verify(optimizer, gradients)
-            known = _Known(
-                known.kind, known.kinds | (found if verified.moves else set()), faster(verified)
-            )
-            _known[optimizer] = known
+            kinds_seen = known.kinds | (found if verified.moves else set())
+            num_uses = known.num_uses if found <= known.kinds else 0
+            known = _Known(known.kind, kinds_seen, faster(verified), num_uses)
+        _known[optimizer] = known._replace(num_uses=known.num_uses + 1)
         if known.how.by_entries and (step := entry_by_entry(optimizer, gradients, known.how)):
             for number in step.nums_cut:
                 num_cut += number.to(num_cut.device)
@@ -109,6 +116,7 @@ def _is_same(
             [step[key] for key in keys],
             inputs,
             cotangents,
+            retain_graph=True,  # the first is compared twice
             allow_unused=True,
             materialize_grads=True,
         )

@@ -1,7 +1,7 @@
 """Is a recorded step the class's own, and its derivative that of the class's own?
 
-It is asked where an optimizer is used first, of copies, in float64 too: the only time that the
-device is waited for.
+It is asked where an optimizer is used first, and ever more rarely from then on, of copies, in
+float64 too: the only time that the device is waited for.
 """
 
 import logging

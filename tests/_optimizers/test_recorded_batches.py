@@ -65,6 +65,39 @@ class Constants(Each):
         p.sub_(g, alpha=float(p.norm()))
 
 
+class StandsStillIfAnyIsLarge(Each):
+    """So what becomes of one depends on another, though no tensors meet."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        held = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        for p in held:
+            if p.grad.norm().item() > 0.5:
+                return
+        for p in held:
+            p.sub_(p.grad * p.grad.norm())
+
+
+class ByTurn(Each):
+    """One after the other moves less."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for i, p in enumerate(p for p in self.param_groups[0]["params"] if p.grad is not None):
+            p.sub_(p.grad * p.grad.norm(), alpha=0.5**i)
+
+
+class Shared(Each):
+    """A state that is of no parameter."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        shared = self.state.setdefault("shared", {"mean": torch.full((3,), 0.5)})["mean"]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad * p.grad.norm() * shared.norm())
+
+
 MAKE: dict[str, Callable[[list[nn.Parameter]], optim.Optimizer]] = {
     "adafactor": lambda held: optim.Adafactor(held, lr=0.1),
     "adafactor, foreach": lambda held: optim.Adafactor(
@@ -122,9 +155,13 @@ def test_values_are_bitwise_those_of_each_alone_and_so_are_slopes(name, dtype, n
         assert (one - other).norm() <= allowed
 
 
-@pytest.mark.parametrize("make", [GlobalNorm, Noisy, Draws, Constants])
+@pytest.mark.parametrize(
+    "make", [GlobalNorm, Noisy, Draws, Constants, StandsStillIfAnyIsLarge, ByTurn, Shared]
+)
 def test_what_is_not_the_same_for_all_of_a_batch_does_not_go_so(make) -> None:
     optimizer, leaves = trained(make, torch.float64, 2)
+    with torch.no_grad():
+        next(iter(leaves.values())).mul_(10)
     assert in_batches(optimizer, leaves, How()) is None
 
 

@@ -251,3 +251,50 @@ def test_constants_are_said_once(caplog) -> None:
             look_ahead(taken)
     (record,) = caplog.records
     assert "Rounds takes numbers out of tensors" in record.getMessage()
+
+
+class MovesSomeLater(optim.Optimizer):
+    """Entry by entry, and all alike in the first two steps."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {})
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.num_steps += 1
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            if self.num_steps < 3 or i % 2:
+                p.sub_(p.grad.tanh())
+
+
+def test_a_step_that_does_something_else_later_is_found() -> None:
+    taken = Taken(MovesSomeLater, num_steps=0)
+    found = []
+    for _ in range(6):
+        moved, leaves, _ = look_ahead(taken)
+        slopes = torch.autograd.grad(
+            sum(new.sum() for new in moved.values()),
+            list(leaves.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        stands = [not slope.any() for slope in slopes]
+        right = all(map(torch.equal, moved.values(), taken.step(taken.gradients)))
+        found.append((right, stands == [True, False, True, False]))
+    assert found[0] == (True, False)
+    assert found[4:] == [(True, True)] * 2  # looked at again at the fifth
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("make", [optim.NAdam, partial(optim.Adam, amsgrad=True), optim.Adadelta])
+def test_many_of_one_shape_at_the_first_step(make, dtype: torch.dtype) -> None:
+    """Where both ways to take many as one are tried."""
+    held = {str(i): nn.Parameter(torch.randn(16, 16, dtype=dtype)) for i in range(7)}
+    optimizer = make(list(held.values()))
+    leaves = {name: torch.randn_like(p).requires_grad_() for name, p in held.items()}
+    moved = pseudo_update([optimizer], held, leaves).parameters
+    for name, p in held.items():
+        p.grad = leaves[name].detach()
+    optimizer.step()
+    assert all(torch.equal(moved[name], p) for name, p in held.items())
