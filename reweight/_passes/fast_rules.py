@@ -72,6 +72,8 @@ def product_rule(product: Callable[..., Tensor]) -> Rule:
         assert tangent is not None
         if order is not None:
             tangent = tangent.permute([order.index(dim) for dim in range(len(order))])
+            if not isinstance(known, Tensor):  # else it is made like what the forward came to
+                tangent = tangent.contiguous()
         return completed(known, tangent, given, compute)
 
     return rule

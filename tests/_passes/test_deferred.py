@@ -144,6 +144,29 @@ def test_putting_off_changes_nothing(name: str, dtype: torch.dtype, put_off, mon
         assert_same(found, outcome(model, train, meta))
 
 
+class OnStrided(nn.Module):
+    """What a linear layer gives is contiguous, whatever its input is, and views rely on that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        rows = self.second(self.first(x).view(4, 2, 6).transpose(0, 1)).view(8, 6)
+        return [self.head(rows * (rows > 0))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_waits_lies_in_memory_as_in_the_forward(dtype, put_off, monkeypatch, caplog) -> None:
+    model = OnStrided().to(dtype)
+    train, meta = batches(dtype)
+    found = outcome(model, train, meta)
+    assert torch.Size([2, 4, 6]) in put_off
+    monkeypatch.setattr(Recall, "find", lambda *args: None)
+    assert_same(found, outcome(model, train, meta))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("views", 0), ("kept after dropout", 0), ("comparison", 1), ("sum and comparison", 2)],
