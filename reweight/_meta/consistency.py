@@ -72,6 +72,10 @@ def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ..
         yield torch.dot(a, b), *torch._foreach_norm([a, b])
 
 
+SEVERAL = 3  # updates that fail
+_ENOUGH = 10  # that pass, one after the other
+
+
 class Check:
     """Whether both ways agree, at every update.
 
@@ -83,12 +87,13 @@ class Check:
         is_coarse: whether the estimator is finite differences.
 
     Attributes:
-        failures: in how many updates in a row they did not.
+        failures: in how many updates they did not, until ten in a row did.
         is_first: whether the next is to be looked at, whatever the one before came to.
     """
 
     def __init__(self, ladder: Ladder, *, is_coarse: bool) -> None:
         self.is_coarse, self.failures, self._ladder = is_coarse, 0, ladder
+        self._num_passed, self._is_counted = 0, False  # in a row; whether the last one failed
         self._precision = 0.0  # of the numbers inside the model, where they are coarser
         self._expected: tuple[Later, float] | None = None
         self.is_first = True
@@ -104,7 +109,7 @@ class Check:
         parts: Tensor,
         names: list[str],
         parts_of: Callable[[list[str]], Tensor],
-    ) -> None:
+    ) -> bool:
         """Warn if both ways differ, and say where; nothing waits unless the last update did too.
 
         Args:
@@ -112,43 +117,61 @@ class Check:
             parts: what :func:`both_ways` gives for it.
             names: of all parameters that v is of.
             parts_of: the same for v of some parameters alone; takes a pass.
+
+        Returns:
+            Whether they differ here, or did in the last update.
         """
         expected, self._expected = self._expected, None
-        has_failed = expected is not None and expected[0].read() > expected[1]
+        last = 0.0 if expected is None else expected[0].read()
+        has_failed = expected is not None and last > expected[1]
         look = has_failed or (self.is_first and num_ranks() == 1)  # ranks would have to send
         self.is_first = False
-        difference = self.difference(problem, parts) if look else None
-        if difference is None:
-            self.failures = 0
-            return
-        self.failures += 1
-        if self.failures > 1:
-            return
-        blamed = blame(names, lambda some: self.difference(problem, parts_of(some)) is not None)
-        where = f" through {', '.join(blamed)}" if blamed else ""
-        warnings.warn(
-            "Hypergradients do not agree with the backward of the model: it is not the derivative "
-            f"of the forward, by {difference:.2g} of what the weights do{where}. Does a hook of a "
-            "module or an activation change gradients, or one of a parameter other than by a mask "
-            "or factor, or a custom autograd.Function, or does the forward differ when it is run "
-            "again? Write a scaled gradient as x*s + (x*(1-s)).detach(), or use "
-            "estimator='unrolled'.",
-            stacklevel=2,
-        )
+        here = self.difference(problem, parts) if look else None
+        has_failed, self._is_counted = has_failed and not self._is_counted, here is not None
+        if here is None and has_failed:  # in every other update perhaps
+            self._look_inside(problem)
+            has_failed = last > self._tolerance(problem.precision)
+        if here is None and not has_failed:
+            self._num_passed += 1
+            self.failures = 0 if self._num_passed == _ENOUGH else self.failures
+            return False
+        self.failures, self._num_passed = self.failures + 1, 0
+        if here is not None and self.failures == 1:
+            blamed = blame(names, lambda some: self.difference(problem, parts_of(some)) is not None)
+            _warn(here, f" through {', '.join(blamed)}" if blamed else "")
+        elif here is None and self.failures == SEVERAL:
+            _warn(last, " in some updates")
+        return True
 
     def difference(self, problem: MetaProblem, parts: Tensor) -> float | None:
         """The relative difference of all ranks, None within the tolerance; waits for them."""
         found = Later(relative_difference(gather(parts))).read()
         if not found > self._tolerance(problem.precision):
             return None
-        watch = DifferenceWatch(self._ladder)  # there may be autocast inside the model
+        self._look_inside(problem)
+        return found if found > self._tolerance(problem.precision) else None
+
+    def _look_inside(self, problem: MetaProblem) -> None:
+        """At the precision of the numbers, for there may be autocast inside the model."""
+        watch = DifferenceWatch(self._ladder)
         self._ladder.run(lambda: problem.replay({}, {}, watch, self._ladder.needs_graph))
         self._precision = watch.precision
-        return found if found > self._tolerance(problem.precision) else None
 
     def _tolerance(self, precision: float) -> float:
         root: float = max(precision, self._precision) ** (1 / 3)
         return min(20 * root, 0.5) if self.is_coarse else root
+
+
+def _warn(difference: float, where: str) -> None:
+    warnings.warn(
+        "Hypergradients do not agree with the backward of the model: it is not the derivative "
+        f"of the forward, by {difference:.2g} of what the weights do{where}. Does a hook of a "
+        "module or an activation change gradients, or one of a parameter other than by a mask "
+        "or factor, or a custom autograd.Function, or does the forward differ when it is run "
+        "again? Write a scaled gradient as x*s + (x*(1-s)).detach(), or use "
+        "estimator='unrolled'.",
+        stacklevel=3,
+    )
 
 
 def blame(

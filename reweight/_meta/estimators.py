@@ -20,7 +20,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from reweight._checks import check_choice, noted
-from reweight._meta.consistency import Check, both_ways
+from reweight._meta.consistency import SEVERAL, Check, both_ways
 from reweight._meta.problem import Hypergradient, Known, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters, PseudoUpdate
 from reweight._passes.differences import DifferenceWatch, differ
@@ -173,7 +173,7 @@ class Estimator:
     """The hypergradient of a meta step, and whether it can be trusted.
 
     "auto" is forward mode, until PyTorch says that an operation of the model has none, or until the
-    check of :mod:`reweight._meta.consistency` has failed at three updates in a row: from then on it
+    check of :mod:`reweight._meta.consistency` has failed at three updates: from then on it
     is another estimator, and the log says which and why.
 
     Attributes:
@@ -222,8 +222,8 @@ class Estimator:
         if problem.rows is not None:  # of which alone there is no gradient
             return found
         names = list(direction)
-        self.check(problem, parts, names, lambda some: estimated(some)[1])
-        if self._given == "auto" and self.check.failures == 3:
+        has_failed = self.check(problem, parts, names, lambda some: estimated(some)[1])
+        if has_failed and self._given == "auto" and self.check.failures == SEVERAL:
             self._move_on(problem, lambda: estimated(names)[1])
         return found._replace(both_ways=parts)
 
@@ -261,7 +261,7 @@ class Estimator:
         if self.name != before:
             _logger.warning(
                 "estimator=%r from here on: by the one before, hypergradients did not agree with "
-                "the backward of the model in three updates in a row.",
+                "the backward of the model in three updates.",
                 self.name,
             )
 

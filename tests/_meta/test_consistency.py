@@ -1,6 +1,7 @@
 """Both ways to what the weights do are compared at every update, by every estimator."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -108,14 +109,24 @@ def test_after_three_failures_auto_takes_another_way_and_says_so(monkeypatch, ca
     torch.testing.assert_close(found.hypergradient_norm, expected.hypergradient_norm)
 
 
-def test_a_single_failure_is_not_counted_with_others(monkeypatch) -> None:
+def test_a_single_failure_is_not_counted_with_others_long_after(monkeypatch) -> None:
     step = make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for on in (True, False, False, True, False, False, True, False):
+        for on in ([True] + [False] * 12) * 3:
             monkeypatch.setattr(HalvedBackward, "on", on)
             step.backward(batch(1), batch(2))
     assert step.estimator == "auto"
+
+
+def test_failures_of_every_other_update_are_told(monkeypatch) -> None:
+    step = make()
+    for number in range(7):  # the first is looked at, and passes
+        monkeypatch.setattr(HalvedBackward, "on", number % 2 == 1)
+        is_told = number == 6  # where the last of three is read
+        with pytest.warns(match="in some updates") if is_told else nullcontext():
+            step.backward(batch(1), batch(2))
+        assert (step.estimator == "auto") is not is_told
 
 
 @pytest.mark.parametrize("estimator", ["forward", "unrolled"])
