@@ -15,10 +15,11 @@ Pair: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Snapshot:
-    """The parameters of an optimizer and its state, now."""
+    """The parameters of an optimizer, its state and what its groups hold, now."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._groups = [dict(group) for group in optimizer.param_groups]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = [optimizer.state.get(p) for p in self.parameters]
         tensors = dict[Any, Tensor](enumerate(self.parameters))
@@ -39,7 +40,9 @@ class Snapshot:
             parameter.grad = None
 
     def restore(self) -> None:
-        """Put both back."""
+        """Put all of it back."""
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(before)
         for parameter, value, state in zip(self.parameters, self.values, self.states, strict=True):
             parameter.data.copy_(value)
             self._optimizer.state.pop(parameter, None)

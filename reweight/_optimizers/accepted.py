@@ -71,7 +71,10 @@ def as_optimizers(optimizer: Any, parameters: Sequence[Tensor]) -> tuple[AnyOpti
 
 
 def log_what_stays(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> None:
-    """Say which trainable parameters are of no optimizer, and whether it holds others."""
+    """Say what the look-ahead leaves out.
+
+    That is trainable parameters of no optimizer, others that it holds, and hooks of its step.
+    """
     named: Parameters = parameters_of(model)
     held = {id(parameter) for parameter in held_by(optimizers)}
     left = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
@@ -88,6 +91,12 @@ def log_what_stays(model: nn.Module, optimizers: Sequence[AnyOptimizer]) -> None
             "`optimizer` holds %d parameters that are not of `model`, which the look-ahead leaves "
             "as they are. If the loss depends on them, make it a part of the model.",
             len(others),
+        )
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(each, name, None) for each in optimizers for name in hooks):
+        _logger.warning(
+            "`optimizer` has hooks of its step, which the look-ahead leaves out. If one changes "
+            "parameters or gradients, do that after optimizer.step() or in the model instead."
         )
 
 

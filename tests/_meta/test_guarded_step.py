@@ -11,6 +11,26 @@ from reweight._meta import guarded_step
 from reweight._meta.guarded_step import Snapshot, step_where
 
 
+class Counted(SGD):
+    """Keeps a number in its groups."""
+
+    def step(self) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+def test_what_groups_hold_comes_back_too() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    optimizer = Counted([parameter], lr=0.1)
+    optimizer.param_groups[0]["k"] = 3
+    snapshot = Snapshot(optimizer)
+    parameter.grad = torch.tensor([torch.inf, 0.2])
+    assert not step_where(optimizer, torch.tensor(True), snapshot)
+    assert optimizer.param_groups[0]["k"] == 3
+    assert parameter.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("is_asked", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from reweight._optimizers.accepted import (
     held_by,
     held_parameters,
     is_cold,
+    log_what_stays,
 )
 
 
@@ -62,3 +63,13 @@ def test_adam_is_cold_until_its_first_step() -> None:
     parameter.grad = torch.ones(2)
     adam.step()
     assert not is_cold(adam)
+
+
+def test_hooks_of_the_step_are_said_to_be_left_out(caplog) -> None:
+    model = nn.Linear(2, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    log_what_stays(model, (optimizer,))
+    assert not caplog.records
+    optimizer.register_step_post_hook(lambda *_: None)
+    log_what_stays(model, (optimizer,))
+    assert "hooks of its step, which the look-ahead leaves out" in caplog.text
