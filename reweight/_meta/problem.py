@@ -296,6 +296,4 @@ class MetaProblem:
 def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
     forward, backward, size = parts.sum(0)
-    size = size.clamp(min=torch.finfo(size.dtype).tiny)
-    difference: Tensor = (forward - backward).abs() / size
-    return difference
+    return torch.div((forward - backward).abs(), size.clamp(min=torch.finfo(size.dtype).tiny))
