@@ -20,12 +20,15 @@ from reweight import (
     exit_cross_entropy,
 )
 
-# Options of the step, and two of the benchmark: the share of the meta batch that is given (at 0 the
-# next train batch serves), and moves="half", the later half of the parameters.
+# Options of the step, and three of the benchmark: the share of the meta batch that is given (at 0
+# the next train batch serves), moves="half", the later half of the parameters, and updates=False,
+# for a step as it is between updates.
 MODES: dict[str, dict[str, object]] = {
     "forward": {"estimator": "forward"},
     "lean": {"estimator": "forward", "lean": True},
     "interval 10": {"estimator": "forward", "interval": 10},
+    "interval 10, lean": {"estimator": "forward", "interval": 10, "lean": True},
+    "between updates": {"updates": False},
     "lagged": {"estimator": "forward", "lagged": True},
     "a quarter of the rows": {"estimator": "forward", "train_fraction": 0.25},
     "a quarter of both batches": {"estimator": "forward", "train_fraction": 0.25, "meta": 0.25},
@@ -65,8 +68,10 @@ def ours(
     g_optimizer: Optimizer,
     meta: float = 1,
     moves: str | None = None,
+    updates: bool = True,
     **options: object,
 ) -> Step:
+    g.requires_grad_(updates)
     if moves == "half":
         options["moves"] = set(later_half(model)).__contains__
     step = MetaReweightStep(model, optimizer, g, reweighter_optimizer=g_optimizer, **options)
@@ -157,5 +162,5 @@ def contestant(net: str | Net, optimizer_name: str, name: str) -> tuple[Callable
     g = SampleReweighter(net.num_exits)
     g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4)
     step = CONTESTANTS[name](model, OPTIMIZERS[optimizer_name](model), g, g_optimizer)
-    num_steps = net.num_steps * (10 if name == "ours, interval 10" else 1)
+    num_steps = net.num_steps * (10 if "interval 10" in name else 1)
     return partial(step, net.batch(), net.batch()), num_steps

@@ -168,7 +168,7 @@ def counting() -> Iterator[Cost]:
         patch("reweight._targets.is_traced", lambda: True),
         patch.object(guarded_step, "_step_if", guarded_step._step_and_undo),
         patch.object(entries, "_BLOCK", entries._LARGE_BLOCK),
-        patch.object(entries, "_SMALL", entries._SMALL_THERE),
+        patch.object(entries, "_SMALL", entries._SMALL_ELSEWHERE),
     ]
     for each in patches:
         each.start()

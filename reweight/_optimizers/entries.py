@@ -23,7 +23,7 @@ from reweight._ranks.shards import shard_like
 Program: TypeAlias = Callable[[Sequence[Tensor], Tensor], Slope]
 """Of gradients, parameters and moments makes θ̂, where it is told to, and ∂θ̂/∂g."""
 _BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 24  # entries, for a processor's core and for other devices
-_SMALL, _SMALL_THERE = 1 << 12, 1 << 20  # the same; below, calling an operation is what costs
+_SMALL, _SMALL_ELSEWHERE = 1 << 12, 1 << 20  # entries; below, it is calling that costs
 
 
 class Kind(NamedTuple):
@@ -230,7 +230,7 @@ def together(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which go through operations as one: small ones that are alike."""
     found: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        most = _SMALL if tensor.device.type == "cpu" else _SMALL_THERE
+        most = _SMALL if tensor.device.type == "cpu" else _SMALL_ELSEWHERE
         is_small = tensor.numel() <= most and tensor.is_contiguous()
         found[(tensor.device, tensor.dtype) if is_small else i].append(i)
     return list(found.values())
