@@ -200,8 +200,9 @@ class MetaReweightStep:
                 shares = losses.sample_shares()
                 grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
                 grads = self._lookahead.beside(grads, losses, moved, scale)
-                parts = spare, beginning, losses, cache, moved, grads, scale * shares
-                first = FirstForward(*parts, keep_graph=not lean)
+                factors = shares if type(scale) is float and scale == 1 else scale * shares
+                parts = spare, beginning, losses, cache, moved, grads, factors, not lean
+                first = FirstForward(*parts)
                 if waiting is not None:
                     update = self._update(waiting, losses)
                 if due and not lagged and meta is not None:
@@ -212,7 +213,7 @@ class MetaReweightStep:
                 weights = self._learner.weights(losses, update)
                 keep = lagged and not lean  # the graph, for its values, not for another backward
                 with self._hooks.watched(was_left_out=update is not None and not lagged):
-                    self._lookahead.backward(losses, scale * shares * weights, scale, keep=keep)
+                    self._lookahead.backward(losses, factors * weights, scale, keep=keep)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)

@@ -17,13 +17,13 @@ from reweight._optimizers.accepted import Parameters
 from reweight._optimizers.entries import joined, together
 from reweight._passes.differences import DifferenceWatch
 from reweight._passes.ladder import Ladder
-from reweight._ranks.collectives import gather, local, num_ranks
+from reweight._ranks.collectives import local, num_ranks, sum_over_ranks
 from reweight._ranks.shards import num_copies
 
 
 @torch.no_grad()
 def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: Tensor) -> Tensor:
-    """This rank's part of both sums and of the size of their terms, shape [3].
+    """This rank's part of what sets both sums apart, and of the size of their terms, shape [2].
 
     Args:
         problem: of this step.
@@ -31,8 +31,6 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
-    norm = torch.linalg.vector_norm
-    terms = known.weights * value
     # Of v and gradient, by share and device.
     pairs, ranks = defaultdict[Any, list[tuple[Tensor, Tensor]]](list), num_ranks()
     for name, tangent in direction.items():
@@ -45,23 +43,26 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
             pairs[-share, tangent.device].append((local(tangent), local(before)))
-    dots, lengths = list[Tensor](), list[Tensor]()
+    dots, lengths = list[Tensor](), [list[Tensor](), list[Tensor]()]
     for (share, _), each in pairs.items():
-        rows = torch.stack([number for group in _groups(each) for number in group])
-        dots.append(share * rows.to(value).view(-1, 3)[:, 0])
-        lengths.append(rows.to(value).view(-1, 3)[:, 1:])
-    sums = torch.cat(dots or [value.new_zeros(1)])
+        for dot, *of_both in _groups(each):
+            dots.append(dot.to(value) if share == 1 else share * dot.to(value))
+            for length, found in zip(of_both, lengths, strict=True):
+                found.append(length.to(value))
+    terms, factors = known.weights * value, problem.first.sample_shares * known.weights
+    all_of_it, loss, size = torch._foreach_norm(
+        [factors, factors * problem.first.losses.losses, terms], 1
+    )
     # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
-    of_samples = problem.first.sample_shares * known.weights
-    all_of_it = norm(of_samples, 1).clamp(min=torch.finfo(value.dtype).tiny)  # it may be 0
-    loss = norm(of_samples * problem.first.losses.losses, 1) / all_of_it
-    by_heart = 8 * problem.precision ** (2 / 3)
-    certainty = (loss / by_heart).clamp(problem.precision / by_heart, 1)
-    # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-    both = norm(torch.cat(lengths or [value.new_zeros(1, 2)]), dim=0).prod()
-    rounding = both * problem.precision ** (1 / 3)
-    size = torch.stack([norm(terms, 1) / certainty, norm(sums, 1), rounding]).amax()
-    return torch.stack([terms.sum(), sums.sum(), size])
+    by_heart, tiny = 8 * problem.precision ** (2 / 3), torch.finfo(value.dtype).tiny
+    doubt = by_heart * all_of_it / loss.clamp(min=tiny)
+    sizes = [size * doubt.clamp(1, by_heart / problem.precision)]
+    if dots:
+        # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
+        both = _norm(lengths[0]) * _norm(lengths[1])
+        sizes += _norm(dots, 1), both * problem.precision ** (1 / 3)
+    difference = terms.sum() - (dots[0] if len(dots) == 1 else sum(dots))
+    return torch.stack([difference, _norm(sizes, torch.inf)])
 
 
 def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
@@ -70,6 +71,13 @@ def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ..
     for group in together(columns[0]):
         a, b = (joined([kept[i] for i in group]).reshape(-1) for kept in columns)
         yield torch.dot(a, b), *torch._foreach_norm([a, b])
+
+
+def _norm(numbers: Sequence[Tensor], order: float = 2) -> Tensor:
+    """Of some numbers; of one it is the number, whose sign says nothing here."""
+    return (
+        numbers[0] if len(numbers) == 1 else torch.linalg.vector_norm(torch.stack(numbers), order)
+    )
 
 
 SEVERAL = 3  # updates that fail
@@ -145,7 +153,7 @@ class Check:
 
     def difference(self, problem: MetaProblem, parts: Tensor) -> float | None:
         """The relative difference of all ranks, None within the tolerance; waits for them."""
-        found = Later(relative_difference(gather(parts))).read()
+        found = Later(relative_difference(sum_over_ranks(parts))).read()
         if not found > self._tolerance(problem.precision):
             return None
         self._look_inside(problem)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from reweight._checks import check_positive, check_whole, kind
-from reweight._meta.guarded_step import Snapshot, are_finite, step_where
+from reweight._meta.guarded_step import Snapshot, step_where
 from reweight._meta.problem import Hypergradient, gradients_of, relative_difference
 from reweight._optimizers.accepted import AnyOptimizer, is_cold
 from reweight._passes.forward import LossFunction
@@ -111,7 +111,7 @@ class ReweighterLearner:
         """Θg ← Θg − β ∂L_meta/∂Θg, unless something is not finite or would come to be so."""
         assert self.optimizer is not None
         update, ok = self._report(losses, hypergradient)
-        value, nonfinite = update.hypergradient, update.nonfinite
+        value = update.hypergradient
         if self.clip_hypergradient is not None:
             value = value * (self.clip_hypergradient / update.hypergradient_norm).clamp(max=1)
         before, counts = Snapshot(self.optimizer), (self.num_skipped, self.num_updates)
@@ -121,23 +121,23 @@ class ReweighterLearner:
             self.num_skipped, self.num_updates = counts
 
         before.clear_gradients()  # the user may have run a backward through it
-        descend = self._descent(losses, weights, value, ok)
+        descend, taken = self._descent(losses, weights, value, ok), ok
         for _ in range(self.num_steps if weights.requires_grad else 0):
             # The very first step makes the optimizer's state and so waits for the device to say if
             # it is to be taken; from then on one that is not to be is taken back where it happens.
-            if not self._has_stepped and not bool(ok):
+            if not self._has_stepped and not bool(taken):
                 break
             descend()
             own = {str(i): parameter for i, parameter in enumerate(before.parameters)}
             for name, gradient in sums_by_name(gradients_of(own), own).items():
                 own[name].grad = gradient
             last = before if self.num_steps == 1 else Snapshot(self.optimizer)
-            taken = step_where(self.optimizer, ok, last)
+            taken = step_where(self.optimizer, taken, last)
             if not self._has_stepped and not bool(taken):
                 last.restore()
             else:
                 self._has_stepped = True
-            nonfinite[3:].logical_or_(ok > taken)
+        nonfinite = torch.cat([update.nonfinite, (ok > taken).unsqueeze(0)])
         self._count(nonfinite)
         return update._replace(nonfinite=nonfinite, undo=undo)
 
@@ -153,18 +153,17 @@ class ReweighterLearner:
 
     def _report(self, losses: ExitLosses, hypergradient: Hypergradient) -> tuple[Update, Tensor]:
         """What is known before anything is learned, and whether it is something to learn from."""
-        value = hypergradient.value
-        bad = ~are_finite([losses.losses, hypergradient.meta_loss.value, value])
+        value, meta_loss = hypergradient.value, hypergradient.meta_loss
+        told = [losses.losses.detach(), meta_loss.value, value]
+        largest = torch._foreach_norm(told, torch.inf)
+        parts = () if hypergradient.both_ways is None else hypergradient.both_ways
         # From every rank, so that all clip alike, and all skip or none does.
-        told = [bad, torch.stack([hypergradient.meta_loss.value, value.norm()])]
-        if hypergradient.both_ways is not None:
-            told.append(hypergradient.both_ways)
-        every = gather(torch.cat(told))
-        difference = relative_difference(every[:, 5:]) if len(told) == 3 else None
-        nonfinite, norm = every[:, :3].any(0), every[:, 4].norm()
-        meta_loss = hypergradient.meta_loss._replace(value=every[:, 3].sum())
-        ok = ~nonfinite.any() & (norm > 0)  # 0 says nothing, and decay alone is no lesson
-        nonfinite = torch.cat([nonfinite, nonfinite.new_zeros(1)])
+        every = gather(torch.stack([*largest, meta_loss.value, *parts, value.norm()]))
+        sums, norm = every.sum(0), every[:, -1].norm()
+        nonfinite = sums[:3] - sums[:3] != 0  # or it is a number
+        ok = (norm > 0) > nonfinite.any()  # 0 says nothing, and decay alone is no lesson
+        difference = relative_difference(sums[4:6]) if len(parts) else None
+        meta_loss = meta_loss._replace(value=sums[3])
         zero = hypergradient.num_zero_moments
         return Update(meta_loss, norm, nonfinite, zero, difference, value, lambda: None), ok
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -123,7 +124,7 @@ class DirectLearner(ReweighterLearner):
             self.num_skipped, self.num_updates = counts
 
         self._count(update.nonfinite)
-        return update._replace(undo=undo)
+        return update._replace(nonfinite=F.pad(update.nonfinite, (0, 1)), undo=undo)
 
     @torch.no_grad()
     def weights(self, losses: ExitLosses, update: Update | None) -> Tensor:

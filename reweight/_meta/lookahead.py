@@ -137,8 +137,9 @@ class Lookahead:
         self, losses: ExitLosses, factors: Tensor, scale: float | Tensor, *, keep: bool
     ) -> None:
         """The gradient of L_tr into ``.grad``, with these factors of the losses."""
-        # Times the ranks, whose gradients DistributedDataParallel averages.
-        outputs, cotangents = [losses.losses], [self.scaled(num_ranks() * factors)]
+        if num_ranks() > 1:  # whose gradients DistributedDataParallel averages
+            factors = num_ranks() * factors
+        outputs, cotangents = [losses.losses], [self.scaled(factors)]
         if losses.auxiliary is not None and losses.auxiliary.requires_grad:
             outputs.append(losses.auxiliary)
             cotangents.append(self.scaled(scale * torch.ones_like(losses.auxiliary)))

@@ -72,7 +72,7 @@ class Hypergradient(NamedTuple):
         meta_loss: L_meta at θ̂ and the shares it rests on.
         num_zero_moments: entries of the update with no derivative, taken as 0.
         both_ways: what tells whether it agrees with the backward, as ``consistency.both_ways``
-            gives it, shape [3]; None where that cannot be told.
+            gives it, shape [2]; None where that cannot be told.
     """
 
     value: Tensor
@@ -294,6 +294,6 @@ class MetaProblem:
 
 
 def relative_difference(parts: Tensor) -> Tensor:
-    """That of the two sums, from the parts of all ranks, shape [R, 3]; 0 where both are 0."""
-    forward, backward, size = parts.sum(0)
-    return torch.div((forward - backward).abs(), size.clamp(min=torch.finfo(size.dtype).tiny))
+    """That of the two sums, from the parts of all ranks, added up, shape [2]; 0 where both are."""
+    difference, size = parts
+    return difference.abs() / size.clamp(min=torch.finfo(size.dtype).tiny)
