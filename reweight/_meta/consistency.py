@@ -73,7 +73,7 @@ def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ..
         yield torch.dot(a, b), *torch._foreach_norm([a, b])
 
 
-def _norm(numbers: Sequence[Tensor], order: float = 2) -> Tensor:
+def _norm(numbers: list[Tensor], order: float = 2) -> Tensor:
     """Of some numbers; of one it is the number, whose sign says nothing here."""
     return (
         numbers[0] if len(numbers) == 1 else torch.linalg.vector_norm(torch.stack(numbers), order)

@@ -296,4 +296,4 @@ class MetaProblem:
 def relative_difference(parts: Tensor) -> Tensor:
     """That of the two sums, from the parts of all ranks, added up, shape [2]; 0 where both are."""
     difference, size = parts
-    return difference.abs() / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return torch.div(difference.abs(), size.clamp(min=torch.finfo(size.dtype).tiny))
