@@ -186,7 +186,7 @@ def cost_of(net: Net, optimizer_name: str, name: str) -> Cost:
     model = net.build()
     g = SampleReweighter(net.num_exits)
     optimizer = OPTIMIZERS[optimizer_name](model)
-    g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4, foreach=True)
+    g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)  # the default there
     for group in optimizer.param_groups:
         group["foreach"] = True
     step = CONTESTANTS[name](model, optimizer, g, g_optimizer)

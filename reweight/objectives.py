@@ -101,9 +101,7 @@ class BudgetedObjective:
                 valid = torch.ones_like(confidence[:, 0], dtype=torch.bool)
             rows, own = gather_rows(torch.cat([confidence, valid.unsqueeze(1)], 1))
             confidence, valid = rows[:, :-1], rows[:, -1] > 0
-        shares = _exit_shares(meta.losses.shape[1], self.power)
-        # From pageable memory this small copy is staged at once: it does not wait for the device.
-        shares = shares.to(confidence.device, non_blocking=True)
+        shares = _exit_shares(meta.losses.shape[1], self.power, confidence.device)
         members = allot(confidence, shares, valid)[own]
         if counted is not None and of_exits:
             members = members & counted
@@ -136,15 +134,16 @@ def exit_shares(num_exits: int, power: float) -> Tensor:
     """
     check_whole("num_exits", num_exits)
     check_positive("power", power)
-    return _exit_shares(num_exits, power).clone()
+    return _exit_shares(num_exits, power, torch.device("cpu")).clone()
 
 
 @functools.cache
-def _exit_shares(num_exits: int, power: float) -> Tensor:
+def _exit_shares(num_exits: int, power: float, device: torch.device) -> Tensor:
     exponents = torch.arange(num_exits, dtype=torch.float64)
     # p^k / Σ p^j, with the largest term scaled to 1 so that no power overflows.
     powers = power ** (exponents if power <= 1 else exponents - (num_exits - 1))
-    return powers / powers.sum()
+    # From pageable memory this small copy is staged at once: it does not wait for the device.
+    return (powers / powers.sum()).to(device, non_blocking=True)
 
 
 def quotas(shares: Tensor, num_samples: Tensor | int) -> Tensor:
@@ -173,10 +172,10 @@ def allot(confidence: Tensor, shares: Tensor, valid: Tensor | None = None) -> Te
         left.masked_fill_(~valid.unsqueeze(1), -torch.inf)
     quota = quotas(shares.to(confidence.device), num_samples if valid is None else valid.sum())
     is_within = torch.arange(num_samples, device=confidence.device) < quota.unsqueeze(1)
-    members = []
+    members = torch.empty_like(is_within)
     for k in range(num_exits - 1):
         order = left[:, k].argsort(descending=True, stable=True)
-        taken = torch.empty_like(is_within[k]).scatter_(0, order, is_within[k])
-        members.append(taken)
+        taken = members[k].scatter_(0, order, is_within[k])
         left.masked_fill_(taken.unsqueeze(1), -torch.inf)
-    return torch.stack([*members, left[:, -1] != -torch.inf], 1)
+    torch.ne(left[:, -1], -torch.inf, out=members[-1])
+    return members.t()

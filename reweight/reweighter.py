@@ -151,7 +151,8 @@ class SampleReweighter(nn.Module):
             weights = torch.where(mean > 0, share, 1)  # no sample counts
         else:
             bounded = raw.tanh()
-            weights = 1 + self.strength * (bounded - self._mean(bounded, exit_losses))
+            below = self._mean(bounded, exit_losses) - bounded
+            weights = torch.rsub(below, 1, alpha=self.strength)  # 1 − strength · below
         return weights if self.strength else torch.ones_like(weights)
 
     def seen(self, exit_losses: ExitLosses) -> Tensor:

@@ -438,7 +438,7 @@ def what_is_sent_is_what_the_documentation_says(group: Any) -> None:
     own = 8 * len(vector(make_step(group).reweighter))
     flags = 8  # for each tensor of the model or reweighter: whether this rank has a gradient
     num_tensors = len(list(make_model("mlp").parameters()))
-    allotment, numbers = [("all_gather", 8), ("all_gather", 4 * 4 * 8)], ("all_gather", 8 * 8)
+    allotment, numbers = [("all_gather", 8), ("all_gather", 4 * 4 * 8)], ("all_gather", 7 * 8)
     gradient = ("all_reduce", size + flags * num_tensors)
     meta_gradient, reweighter = ("all_reduce", size), ("all_reduce", own + flags * 4)
     count, counts = ("all_reduce", 8), ("all_reduce", 3 * 8)

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from reweight._kernels import triton_kernels
+from reweight._kernels.implementations import kernel_backward, kernel_forward, kernel_tangent
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION_BYTES = 16
@@ -77,10 +77,10 @@ def machine_code(architecture: int) -> list[MachineCode]:
 
     def launch(logits: torch.Tensor, label_smoothing: float) -> None:
         options = [torch.zeros(2, dtype=torch.int64), -100, label_smoothing]
-        _, confidence, _, peak = triton_kernels.forward([logits], *options)
+        *_, peak, scale, _ = kernel_forward("triton", [logits], *options, False)
         upstream = torch.ones(1, 2)
-        triton_kernels.backward([logits], *options, peak, confidence, upstream)
-        triton_kernels.tangent([logits], *options, peak, confidence, [logits])
+        kernel_backward("triton", [logits], *options, peak, scale, upstream, False)
+        kernel_tangent("triton", [logits], *options, peak, scale, [logits])
 
     with patch.dict(vars(driver)), patch.object(JITFunction, "run", compile_only):
         driver.set_active(_Driver(architecture))

@@ -16,7 +16,8 @@ pytest.importorskip("triton", "3.2")
 from triton.runtime.interpreter import InterpretedFunction
 
 from reweight import exit_cross_entropy, linear_exit_cross_entropy
-from reweight._kernels import triton_kernels
+from reweight._kernels import implementations
+from reweight._kernels.implementations import kernel_backward, kernel_forward, kernel_tangent
 from reweight._passes.forward_mode import load_forward_mode
 
 # NumPy warns where a GPU does not: about log 0 and NaN.
@@ -67,15 +68,17 @@ def truth(logits: list[Tensor], target: Tensor, label_smoothing: float, upstream
 
 def check(logits: list[Tensor], target: Tensor, label_smoothing: float = 0.0) -> None:
     upstream = torch.randn(len(target), len(logits)).t()  # differs by row and exit
-    losses, confidence, correct, peak = triton_kernels.forward(
-        logits, target, IGNORED, label_smoothing
+    losses, confidence, correct, peak, scale, _ = kernel_forward(
+        "triton", logits, target, IGNORED, label_smoothing, False
     )
-    gradients = triton_kernels.backward(
-        logits, target, IGNORED, label_smoothing, peak, confidence, upstream
+    assert torch.equal(scale.nan_to_num(), confidence.nan_to_num())
+    assert scale.data_ptr() != confidence.data_ptr()
+    gradients = kernel_backward(
+        "triton", logits, target, IGNORED, label_smoothing, peak, scale, upstream, False
     )
     moved = [torch.randn(z.shape).to(z.dtype) for z in logits]
-    products = triton_kernels.tangent(
-        logits, target, IGNORED, label_smoothing, peak, confidence, moved
+    products = kernel_tangent(
+        "triton", logits, target, IGNORED, label_smoothing, peak, scale, moved
     )
     expected = truth(logits, target, label_smoothing, upstream)
     # Some ten float32 operations, each within 6e-8 of values whose size is that of the result.
@@ -120,9 +123,9 @@ def draw(sizes: tuple[int, ...], dtype=torch.float32, num_rows: int = 7):
 def blocks(request, monkeypatch) -> None:
     """The configuration that ships, and one whose blocks are so small that rows cross them."""
     if request.param == "small":
-        ship = triton_kernels.configuration
+        ship = implementations.configuration
         small = {"ROWS": 2, "BLOCK": 8}
-        monkeypatch.setattr(triton_kernels, "configuration", lambda *args: ship(*args) | small)
+        monkeypatch.setattr(implementations, "configuration", lambda *args: ship(*args) | small)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -168,7 +171,7 @@ def test_infinite_logits_are_those_of_pytorch(label_smoothing, blocks) -> None:
     check([first_block, impossible], target, label_smoothing)
     # Without probabilities there is no prediction: only there argmax is no guide.
     logits = [everything, infinite]
-    losses, confidence, correct, _ = triton_kernels.forward(logits, target, IGNORED, 0.1)
+    losses, confidence, correct, *_ = kernel_forward("triton", logits, target, IGNORED, 0.1, False)
     for row, k in [(5, 0), (6, 1)]:
         assert losses[k, row].isnan()
         assert confidence[k, row].isnan()
@@ -178,9 +181,11 @@ def test_infinite_logits_are_those_of_pytorch(label_smoothing, blocks) -> None:
 def test_nan_stays_in_its_row_and_out_of_ignored_rows(blocks) -> None:
     (z,), target = draw((21,))
     z[1, 2] = z[5, 20] = float("nan")
-    losses, confidence, correct, peak = triton_kernels.forward([z], target, IGNORED, 0.1)
-    (gradient,) = triton_kernels.backward(
-        [z], target, IGNORED, 0.1, peak, confidence, torch.ones(1, 7)
+    losses, confidence, correct, peak, scale, _ = kernel_forward(
+        "triton", [z], target, IGNORED, 0.1, False
+    )
+    (gradient,) = kernel_backward(
+        "triton", [z], target, IGNORED, 0.1, peak, scale, torch.ones(1, 7), False
     )
     others = torch.arange(7) != 5
     assert losses[0, 5].isnan()
@@ -192,8 +197,8 @@ def test_nan_stays_in_its_row_and_out_of_ignored_rows(blocks) -> None:
     assert losses[0, 1] == 0
     assert not correct[0, 1]
     assert (gradient[1] == 0).all()
-    (product,) = triton_kernels.tangent(
-        [z], target, IGNORED, 0.1, peak, confidence, [torch.ones_like(z)]
+    (product,) = kernel_tangent(
+        "triton", [z], target, IGNORED, 0.1, peak, scale, [torch.ones_like(z)]
     )
     assert product[5].isnan()
     assert not product[others].isnan().any()
@@ -201,8 +206,8 @@ def test_nan_stays_in_its_row_and_out_of_ignored_rows(blocks) -> None:
 
 
 def test_a_target_out_of_range_gives_nan() -> None:
-    losses, _, correct, _ = triton_kernels.forward(
-        [torch.zeros(3, 2)], torch.tensor([2, -1, 1]), IGNORED, 0.0
+    losses, _, correct, *_ = kernel_forward(
+        "triton", [torch.zeros(3, 2)], torch.tensor([2, -1, 1]), IGNORED, 0.0, False
     )
     assert losses.isnan().tolist() == [[True, True, False]]
     assert not correct.any()

@@ -13,11 +13,15 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from reweight._kernels import torch_kernels
 from reweight._kernels.composite import counted, derivative
+from reweight._kernels.implementations import (
+    is_plain,
+    kernel_backward,
+    kernel_forward,
+    kernel_tangent,
+)
 
 Context: TypeAlias = Any
 
@@ -25,7 +29,6 @@ Context: TypeAlias = Any
 _SMALL = 2**17
 # And from so many on, memory counts.
 _LARGE = 2**22
-_NO_CLASS = -1
 _LOGITS_KEPT: ContextVar[bool] = ContextVar("logits_kept", default=False)
 
 
@@ -97,16 +100,15 @@ class ExitCrossEntropy(torch.autograd.Function):
             logits = (torch.cat(logits),)
         num_exits = len(logits[0]) // len(target)
         target = target if num_exits == 1 else target.expand(num_exits, -1).flatten()
-        losses, confidence, correct, peak, exponentials = kernel_forward(
+        losses, confidence, correct, peak, scale, exponentials = kernel_forward(
             implementation, logits, target, ignore_index, label_smoothing, keep
         )
         ctx.mark_non_differentiable(confidence, correct)
         ctx.set_materialize_grads(False)
         ctx.implementation, ctx.rest = implementation, (ignore_index, label_smoothing)
         ctx.keep, ctx.merge, ctx.is_intact, ctx.is_needed = keep, merge, True, False
-        kept, statistics = exponentials if keep else [peak, *logits], confidence.clone()
-        ctx.save_for_backward(target, statistics, *kept)
-        ctx.save_for_forward(target, peak, statistics, *logits, *exponentials)
+        ctx.save_for_backward(target, scale, *(exponentials if keep else [peak, *logits]))
+        ctx.save_for_forward(target, peak, scale, *logits, *exponentials)
         return losses, confidence, correct, *exponentials
 
     @staticmethod
@@ -114,11 +116,11 @@ class ExitCrossEntropy(torch.autograd.Function):
         """Upstream → upstream·(p − q) of each exit; dE/dz = E."""
         if not ctx.is_intact:
             raise RuntimeError("A backward that broke off used up the graph of exit_cross_entropy.")
-        target, confidence, *kept = ctx.saved_tensors
+        target, scale, *kept = ctx.saved_tensors
         rest: tuple[int | None, float] = ctx.rest
         peak, sources = (None, kept) if ctx.keep else (kept[0], kept[1:])
         if upstream is None:
-            upstream = torch.zeros_like(confidence)
+            upstream = torch.zeros_like(scale)
         higher = others[2:]  # cotangents of E, where a gradient had a graph
         plain = all(each is None for each in higher) and is_plain(upstream, *sources)
         if torch.is_grad_enabled() or not plain:
@@ -136,7 +138,7 @@ class ExitCrossEntropy(torch.autograd.Function):
             ctx.is_intact = not in_place
             values = [rows.detach() for rows in sources]
             gradients = kernel_backward(
-                ctx.implementation, values, target, *rest, peak, confidence, upstream, in_place
+                ctx.implementation, values, target, *rest, peak, scale, upstream, in_place
             )
         if ctx.merge:
             gradients = list(gradients[0].chunk(len(ctx.needs_input_grad) - 6))
@@ -145,7 +147,7 @@ class ExitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Context, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """⟨p − q, dz⟩ of each row; dE = E·dz."""
-        target, peak, confidence, *tensors = ctx.saved_tensors
+        target, peak, scale, *tensors = ctx.saved_tensors
         num_exits = len(tangents) - 6
         like = tensors[0].chunk(num_exits) if ctx.merge else tensors
         moved = [
@@ -159,7 +161,7 @@ class ExitCrossEntropy(torch.autograd.Function):
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (*logits, *moved))
         if not graph and is_plain(*moved):
             of_losses = kernel_tangent(
-                ctx.implementation, logits, target, *rest, peak, confidence, moved
+                ctx.implementation, logits, target, *rest, peak, scale, moved
             )
         else:
             slopes = (derivative(rows, target, *rest) for rows in logits)
@@ -171,82 +173,6 @@ class ExitCrossEntropy(torch.autograd.Function):
 
 # Whether the graph will be run backward again, which PyTorch tells its own compiler alone.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def kernel_forward(
-    implementation: str,
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int | None,
-    label_smoothing: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Losses, confidence, correctness, peak [K, N]; exponentials, of "torch" alone, if kept."""
-    if implementation == "torch":
-        return torch_kernels.forward(logits, target, ignore_index, label_smoothing, keep)
-    kernels, ignored = _triton(ignore_index)
-    return *kernels.forward(logits, target, ignored, label_smoothing), []
-
-
-def kernel_backward(
-    implementation: str,
-    sources: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int | None,
-    label_smoothing: float,
-    peak: Tensor | None,
-    confidence: Tensor,
-    upstream: Tensor,
-    in_place: bool,
-) -> list[Tensor]:
-    """upstream·(p − q) of each exit; see the kernels for the arguments."""
-    if implementation == "torch":
-        return torch_kernels.backward(
-            sources, target, ignore_index, label_smoothing, peak, confidence, upstream, in_place
-        )
-    kernels, ignored = _triton(ignore_index)
-    gradients: list[Tensor] = kernels.backward(
-        sources, target, ignored, label_smoothing, peak, confidence, upstream
-    )
-    return gradients
-
-
-def kernel_tangent(
-    implementation: str,
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int | None,
-    label_smoothing: float,
-    peak: Tensor,
-    confidence: Tensor,
-    moved: Sequence[Tensor],
-) -> Tensor:
-    """⟨p − q, dz⟩ of each row [K, N]; see the kernels for the arguments."""
-    if implementation == "torch":
-        return torch_kernels.tangent(
-            logits, target, ignore_index, label_smoothing, peak, confidence, moved
-        )
-    kernels, ignored = _triton(ignore_index)
-    products: Tensor = kernels.tangent(
-        logits, target, ignored, label_smoothing, peak, confidence, moved
-    )
-    return products
-
-
-def _triton(ignore_index: int | None) -> tuple[Any, int]:
-    """Its kernels, which are not there everywhere, and the index that they ignore."""
-    from reweight._kernels import triton_kernels
-
-    return triton_kernels, _NO_CLASS if ignore_index is None else ignore_index
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether values are all there is to these tensors: no tangent, no transform around them."""
-    return not torch._C._are_functorch_transforms_active() and not any(
-        torch._C._functorch.is_legacy_batchedtensor(tensor)  # autograd.grad(is_grads_batched=True)
-        or forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    )
 
 
 def _is_small(logits: Sequence[Tensor]) -> bool:

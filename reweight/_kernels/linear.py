@@ -19,7 +19,7 @@ from torch import Tensor
 from reweight._kernels import composite
 from reweight._kernels.composite import counted, derivative
 from reweight._kernels.dispatch import choose_linear, is_traced
-from reweight._kernels.function import is_plain, kernel_backward, kernel_forward
+from reweight._kernels.implementations import is_plain, kernel_backward, kernel_forward
 
 Context: TypeAlias = Any
 
@@ -74,7 +74,7 @@ class LinearExitCrossEntropy(torch.autograd.Function):
         buffer = _buffer(hidden, weight)
         for _, rows, repeated in _chunks(hidden, target):
             logits = _logits_into(buffer, rows, weight, bias, softcap)
-            *results, _ = kernel_forward(
+            *results, _, _ = kernel_forward(
                 implementation, [logits], repeated, ignore_index, label_smoothing, keep=False
             )
             parts.append([each.view(len(hidden), -1).t() for each in results])

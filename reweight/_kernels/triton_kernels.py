@@ -1,4 +1,4 @@
-"""Cross-entropy of all exits in one Triton launch for each mode; no autograd here.
+"""Cross-entropy of all exits in one Triton launch for each mode.
 
 With S the bytes of all logits, the forward pass reads S, the backward pass reads S and writes S,
 forward mode reads 2·S: the least there is. All else is O(K·N); the latter two read no ignored row.
@@ -6,143 +6,11 @@ Statistics are float32 whatever the dtype of the logits, and what is rounded is 
 target out of range gives a NaN loss: looking from the host would wait for the device.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, confidence, correctness and peak (the largest logit) of every row at every exit.
-
-    Args:
-        logits: K tensors [N, C_k] of one dtype: float32, float16 or bfloat16.
-        target: class indices, int64, shape [N].
-        ignore_index: rows with this target have loss 0 and are not correct, whatever they hold.
-        label_smoothing: ε in [0, 1].
-
-    Returns:
-        Four tensors [K, N]: float32, float32, bool, float32. Of equal logits the first is the
-        prediction.
-    """
-    rows, table, options = _prepare(logits, logits)
-    target = target.contiguous()
-    shape = (len(rows), len(target))
-    losses, confidence, peak = (target.new_empty(shape, dtype=torch.float32) for _ in range(3))
-    correct = target.new_empty(shape, dtype=torch.bool)
-    with torch.cuda.device_of(target):
-        _forward_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows))](
-            *(table, target, losses, confidence, correct, peak),
-            *(len(target), ignore_index, float(label_smoothing)),
-            SMOOTHING=label_smoothing > 0,
-            **options,
-        )
-    return losses, confidence, correct, peak
-
-
-def backward(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    peak: Tensor,
-    confidence: Tensor,
-    upstream: Tensor,
-) -> list[Tensor]:
-    """The gradient of ``(upstream * losses).sum()`` with respect to the logits of each exit.
-
-    Args:
-        logits: as in :func:`forward`, like the next three.
-        target: class indices.
-        ignore_index: rows with this target have gradient 0, whatever they hold.
-        label_smoothing: ε in [0, 1].
-        peak: as :func:`forward` returned it, like the confidence.
-        confidence: 1/Σ_c exp(z_c - peak).
-        upstream: the gradient with respect to the losses, shape [K, N], any strides.
-
-    Returns:
-        K contiguous tensors [N, C_k] in the dtype of the logits.
-    """
-    gradients = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
-    rows, table, options = _prepare(logits, gradients)
-    target = target.contiguous()
-    num_blocks = triton.cdiv(max(z.shape[1] for z in rows), options["BLOCK"])
-    with torch.cuda.device_of(target):
-        _backward_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows), num_blocks)](
-            *(table, target, peak, confidence, upstream, *upstream.stride()),
-            *(len(target), ignore_index, float(label_smoothing)),
-            **options,
-        )
-    return gradients
-
-
-def tangent(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    peak: Tensor,
-    confidence: Tensor,
-    moved: Sequence[Tensor],
-) -> Tensor:
-    """What the losses move by, [K, N], if the logits move so; all else as in :func:`backward`."""
-    rows, table, options = _prepare(logits, moved := [dz.contiguous() for dz in moved])
-    options["num_warps"] *= 2  # which hold two matrices
-    target, products = target.contiguous(), torch.empty_like(peak)
-    with torch.cuda.device_of(target):
-        _tangent_kernel[(triton.cdiv(len(target), options["ROWS"]), len(rows))](
-            *(table, target, peak, confidence, products),
-            *(len(target), ignore_index, float(label_smoothing)),
-            **options,
-        )
-    return products
-
-
-def configuration(num_classes: int, dtype: torch.dtype, alignment: int) -> dict[str, Any]:
-    """How the kernels are compiled for logits of at most this many classes.
-
-    At most 8,192 elements a program and 32 a thread: beyond that registers spill. Rows of few
-    classes share a program, 4 elements a thread: they may all lie in different rows, and what is
-    kept of a row takes more registers than its element.
-    """
-    block = min(triton.next_power_of_2(num_classes), 8192)
-    rows = max(1, 512 // block)
-    return {
-        "DTYPE": _DTYPES[dtype],
-        "ALIGNMENT": alignment,
-        "VECTOR": alignment // dtype.itemsize,
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": 4 if rows * block <= 4096 else 8,
-        "enable_fp_fusion": True,  # Triton is changing its default, and warns
-    }
-
-
-def _prepare(
-    logits: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
-    """The logits to read, the table of where each exit lies, the configuration."""
-    rows = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
-    dtype, size = rows[0].dtype, rows[0].element_size()
-    entries = [
-        (z.data_ptr(), d.data_ptr(), z.shape[1], z.stride(0))
-        for z, d in zip(rows, gradients, strict=True)
-    ]
-    # The widest access, up to 128 bits, for which all rows begin and end at a multiple of it.
-    alignment = math.gcd(
-        16, *(b for z, d, classes, stride in entries for b in (z, d, classes * size, stride * size))
-    )
-    # From pageable memory this small copy is staged at once: it does not wait for the device.
-    table = torch.tensor(entries).to(rows[0].device, non_blocking=True)
-    return rows, table, configuration(max(z.shape[1] for z in rows), dtype, alignment)
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -171,14 +39,15 @@ def _rows(target, num_rows, ignore_index, ROWS: tl.constexpr):
 
 
 # Nothing is specialized on: one compilation serves every size, value and alignment of an argument.
-@triton.jit(do_not_specialize=list(range(9)))
-def _forward_kernel(
+@triton.jit(do_not_specialize=list(range(10)))
+def forward_kernel(
     table,
     target,
     losses,
     confidence,
     correct,
     peak,
+    scale,
     num_rows,
     ignore_index,
     smoothing,
@@ -223,17 +92,19 @@ def _forward_kernel(
     out = index.to(tl.int64) * num_rows + row
     tl.store(losses + out, tl.where(valid, loss, 0.0), mask=inside)
     # s > 0 fails where s is NaN or all logits are -inf: no probabilities, no prediction.
-    tl.store(confidence + out, tl.where(s > 0, 1 / s, float("nan")), mask=inside)
+    p_max = tl.where(s > 0, 1 / s, float("nan"))
+    tl.store(confidence + out, p_max, mask=inside)
+    tl.store(scale + out, p_max, mask=inside)
     tl.store(correct + out, valid & (z_y == m) & (z_y > before) & (s > 0), mask=inside)
     tl.store(peak + out, m, mask=inside)
 
 
 @triton.jit(do_not_specialize=list(range(10)))
-def _backward_kernel(
+def backward_kernel(
     table,
     target,
     peak,
-    confidence,
+    scale,
     upstream,
     upstream_exit_stride,
     upstream_row_stride,
@@ -251,7 +122,7 @@ def _backward_kernel(
     row, inside, y, valid = _rows(target, num_rows, ignore_index, ROWS)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = tl.load(peak + index * num_rows + row, mask=valid)[:, None]
-    p_max = tl.load(confidence + index * num_rows + row, mask=valid)[:, None]
+    p_max = tl.load(scale + index * num_rows + row, mask=valid)[:, None]
     at = upstream + index * upstream_exit_stride + row * upstream_row_stride
     g = tl.load(at, mask=valid)[:, None]
     mask = valid[:, None] & (column < num_classes)
@@ -265,11 +136,11 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=list(range(8)))
-def _tangent_kernel(
+def tangent_kernel(
     table,
     target,
     peak,
-    confidence,
+    scale,
     products,
     num_rows,
     ignore_index,
@@ -284,7 +155,7 @@ def _tangent_kernel(
     logits, moved, num_classes, stride = _exit(table, index, DTYPE, ALIGNMENT, VECTOR)
     row, inside, y, valid = _rows(target, num_rows, ignore_index, ROWS)
     known, at = valid & (y >= 0) & (y < num_classes), index * num_rows + row
-    m, p_max = tl.load(peak + at, mask=valid), tl.load(confidence + at, mask=valid)
+    m, p_max = tl.load(peak + at, mask=valid), tl.load(scale + at, mask=valid)
     first, first_moved = logits + row * stride, moved + row * num_classes
     dz_y = tl.load(first_moved + y, mask=known, other=float("nan")).to(tl.float32)
     # dl = Σ_c exp(z_c - m) dz_c / s - Σ_c q_c dz_c with q_c = (1 - ε) [c = y] + ε / C

@@ -260,7 +260,10 @@ def _optimizer_for(
     if optimizer is None:
         form = getattr(reweighter, "form", None)
         lr = {"sigmoid": 1e-3 * min(interval, 10), "predicted": 1e-2}.get(str(form), 1e-4)
-        return AdamW(reweighter.parameters(), lr=lr, eps=1e-16, weight_decay=1e-4) if own else None
+        # In one kernel, where launches cost more than arithmetic.
+        fused = all(parameter.is_cuda for parameter in reweighter.parameters()) or None
+        options: dict[str, Any] = {"eps": 1e-16, "weight_decay": 1e-4, "fused": fused}
+        return AdamW(reweighter.parameters(), lr, **options) if own else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`reweighter_optimizer` must be an optimizer of torch.optim, got {kind(optimizer)}. "

@@ -109,7 +109,8 @@ _UNKNOWN: Any = (_nothing, 0, 0)
 class Trace:
     """Finds a tensor again, as long as something else keeps it alive and as it was.
 
-    A view is found through its base, which a graph that holds any view of it keeps alive.
+    A view is found through its base, which a graph that holds any view of it keeps alive. What a
+    function keeps of its own result is another tensor, and found through the graph.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -119,10 +120,18 @@ class Trace:
             self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
         self._base, self._version = weakref.ref(tensor if base is None else base), tensor._version
         self._dtype = tensor.dtype
+        node: Any = tensor.grad_fn
+        self._node = node if hasattr(type(node), "_saved_result") else None
 
     def __call__(self) -> Tensor | None:
         """An alias of it, or None."""
         base = self._base()
+        if base is None and self._node is not None:
+            try:
+                kept: Tensor = self._node._saved_result
+            except RuntimeError:  # it was changed in place, or the graph has been used up
+                return None
+            return kept.detach()
         if base is None or base._version != self._version or base.dtype != self._dtype:
             return None
         if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of

@@ -34,7 +34,13 @@ def test_what_groups_hold_comes_back_too() -> None:
 @pytest.mark.parametrize("is_asked", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize(
-    "make", [Adam, lambda p: SGD(p, lr=0.1), lambda p: SGD(p, lr=0.1, momentum=0.9)]
+    "make",
+    [
+        Adam,
+        lambda p: Adam(p, fused=True),
+        lambda p: SGD(p, lr=0.1),
+        lambda p: SGD(p, lr=0.1, momentum=0.9),
+    ],
 )
 def test_step_where_steps_or_changes_nothing(
     make, num_steps: int, is_asked: bool, monkeypatch
