@@ -165,6 +165,11 @@ def drawn_rows(batch: Batch, fraction: float, seed: int) -> Tensor | None:
     return drawn[: max(1, round(fraction * size))].sort().values
 
 
+def on_device_of(tensor: Tensor, rows: slice | Tensor) -> slice | Tensor:
+    """The same rows, where a tensor can be indexed by them without a wait."""
+    return rows if isinstance(rows, slice) else rows.to(tensor.device, non_blocking=True)
+
+
 def describe(nested: Any) -> str:
     """What tensors these are, however nested, in words."""
     if isinstance(nested, Tensor):
@@ -204,7 +209,7 @@ def rows_of(nested: Any, rows: slice | Tensor) -> Any:
         TypeError: there are samples in a list of texts or in a NumPy array.
     """
     if isinstance(nested, Tensor):
-        return nested[rows]
+        return nested[on_device_of(nested, rows)]
     texts = isinstance(nested, tuple | list) and any(isinstance(value, str) for value in nested)
     if texts or isinstance(nested, np.ndarray):
         raise TypeError(

@@ -6,6 +6,7 @@ that names it. It is no CPU, so no shortcut for CPUs is taken. Copies to the dev
 if nobody says otherwise, and are looked for by two modes.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reweight import MetaReweightStep, SampleReweighter
 
@@ -25,15 +27,18 @@ def is_on_device(value: Any) -> bool:
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses a copy from the CPU that waits."""
+    """Refuses a copy from the CPU that waits, and what makes one of its own of an argument."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source = args[1] if func is torch.ops.aten.copy_.default else args[0]
             waits = not kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             assert not (waits and is_on_device(result) and not is_on_device(source)), func
+        elif any(map(is_on_device, tensors)):  # numbers go along with a launch, more does not
+            assert all(is_on_device(t) or not t.dim() for t in tensors), func
         return result
 
 
@@ -110,10 +115,17 @@ def as_on_a_device(monkeypatch) -> None:
     """What the meta device lacks, and what a step does only at its construction."""
     monkeypatch.setattr("reweight._meta.learner.require_same", lambda *args: None)
     monkeypatch.setattr("reweight._meta.consistency.Later", Agreement)
-    known = torch.is_autocast_enabled
-    monkeypatch.setattr(
-        torch, "is_autocast_enabled", lambda *device: device != ("meta",) and known(*device)
-    )
+    for name, instead in (
+        ("is_autocast_enabled", False),
+        ("get_autocast_dtype", torch.bfloat16),
+        ("autocast", nullcontext()),
+    ):
+        known = getattr(torch, name)
+
+        def ask(*args, known=known, instead=instead):
+            return instead if args[:1] == ("meta",) else known(*args)
+
+        monkeypatch.setattr(torch, name, ask)
 
 
 KINDS = {
@@ -137,6 +149,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_asks_for_no_value(kind) -> None:
     step = make(**KINDS[kind])
+    estimator = step.estimator
     for _ in range(2):  # the second meets what the first has left
         train, meta = batch(), batch()
         with NoLiterals(), NoCopies():
@@ -144,4 +157,5 @@ def test_a_step_asks_for_no_value(kind) -> None:
         assert all(is_on_device(p.grad) for p in step.model.parameters())
         warm_up(step.optimizers[0])
     assert is_on_device(result.weights)
+    assert (step.estimator, step._estimator.ladder.told) == (estimator, {})
     assert step._learner.num_updates == (1 if kind == "every other call" else 2)

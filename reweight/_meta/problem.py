@@ -17,7 +17,7 @@ from reweight._passes.primal_cache import PrimalCache
 from reweight._passes.snapshots import Beginning
 from reweight._ranks.collectives import is_sharded, num_ranks, sums_by_name
 from reweight._ranks.shards import parameters_of
-from reweight.batches import Batch, num_samples, rows_of
+from reweight.batches import Batch, num_samples, on_device_of, rows_of
 from reweight.losses import ExitLosses
 from reweight.objectives import MetaLoss, Objective, require_meta_loss
 
@@ -207,7 +207,7 @@ class MetaProblem:
         losses, rows = self.first.losses.losses, self.rows
         num_rows = num_samples(self.first.batch)
         whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
-        whole[rows] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
+        whole[on_device_of(whole, rows)] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
         return whole.view_as(losses)
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:
