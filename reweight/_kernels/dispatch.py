@@ -1,7 +1,7 @@
 """Which implementation of cross-entropy computes what."""
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -79,5 +79,6 @@ def _has_triton() -> bool:
     """Whether there is a Triton that a supported PyTorch may come with."""
     if importlib.util.find_spec("triton") is None:
         return False
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    # Of the module: what it is distributed as has several names.
+    major, minor, *_ = importlib.import_module("triton").__version__.split(".")
     return (int(major), int(minor)) >= _OLDEST_TRITON

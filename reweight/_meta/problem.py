@@ -207,7 +207,9 @@ class MetaProblem:
         losses, rows = self.first.losses.losses, self.rows
         num_rows = num_samples(self.first.batch)
         whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
-        whole[on_device_of(whole, rows)] = product.view(len(rows), -1, losses.shape[1]) * (num_rows / len(rows))
+        whole[on_device_of(whole, rows)] = product.view(len(rows), -1, losses.shape[1]) * (
+            num_rows / len(rows)
+        )
         return whole.view_as(losses)
 
     def train_gradients(self, weights: Tensor, *, create_graph: bool = False) -> Parameters:

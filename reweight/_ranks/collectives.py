@@ -61,7 +61,8 @@ def sums_by_name(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> d
     if _GROUP.get() is None or any(map(is_sharded, like.values())):
         return dict(tensors)
     filled = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in like]
-    *sums, counts = sums_over_ranks([*filled, filled[0].new_tensor([n in tensors for n in like])])
+    counts = torch.tensor([n in tensors for n in like], dtype=filled[0].dtype)
+    *sums, counts = sums_over_ranks([*filled, counts.to(filled[0].device, non_blocking=True)])
     # Looking waits for the device: only where a parameter took no part, on this rank at least.
     present = [True] * len(like) if len(tensors) == len(like) else (counts > 0).tolist()
     return {n: total for n, total, there in zip(like, sums, present, strict=True) if there}

@@ -20,14 +20,17 @@ class Counted(SGD):
             group["k"] = group.get("k", 0) + 1
 
 
-def test_what_groups_hold_comes_back_too() -> None:
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_what_groups_hold_comes_back_where_it_can_be_asked_for(is_asked, monkeypatch) -> None:
+    if not is_asked:  # as on a GPU
+        monkeypatch.setattr(guarded_step, "_step_if", guarded_step._step_and_undo)
     parameter = torch.ones(2, requires_grad=True)
     optimizer = Counted([parameter], lr=0.1)
     optimizer.param_groups[0]["k"] = 3
     snapshot = Snapshot(optimizer)
     parameter.grad = torch.tensor([torch.inf, 0.2])
     assert not step_where(optimizer, torch.tensor(True), snapshot)
-    assert optimizer.param_groups[0]["k"] == 3
+    assert optimizer.param_groups[0]["k"] == (3 if is_asked else 4)
     assert parameter.tolist() == [1, 1]
 
 
