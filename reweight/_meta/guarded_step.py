@@ -54,8 +54,8 @@ def step_where(optimizer: Optimizer, ok: Tensor, before: Snapshot) -> Tensor:
     """``optimizer.step()`` if ``ok`` holds, else nothing, without waiting for the device to tell.
 
     Nothing either if the step leads to a parameter that is not finite. Takes the gradients away
-    afterwards. What lives on another device than ``ok``, or is no tensor, moves on in either case: a
-    count of steps, in the state or in a group, of gradients that were 0.
+    afterwards. What lives on another device than ``ok``, or is no tensor, moves on in either case:
+    a count of steps, in the state or in a group; the gradients are 0 then.
 
     Returns:
         Whether the step was taken, bool, scalar.
