@@ -159,7 +159,8 @@ class ReweighterLearner:
         parts = () if hypergradient.both_ways is None else hypergradient.both_ways
         # From every rank, so that all clip alike, and all skip or none does.
         every = gather(torch.stack([*largest, meta_loss.value, *parts, value.norm()]))
-        sums, norm = every.sum(0), every[:, -1].norm()
+        alone = len(every) == 1
+        sums, norm = (every[0], every[0, -1]) if alone else (every.sum(0), every[:, -1].norm())
         nonfinite = sums[:3] - sums[:3] != 0  # or it is a number
         ok = (norm > 0) > nonfinite.any()  # 0 says nothing, and decay alone is no lesson
         difference = relative_difference(sums[4:6]) if len(parts) else None

@@ -204,8 +204,7 @@ class MetaProblem:
             return product
         # E[spread] is the product of all rows: each is drawn with probability n / B. A row of the
         # batch is one of the losses, or, of a language model, as many as it has tokens.
-        losses, rows = self.first.losses.losses, self.rows
-        num_rows = num_samples(self.first.batch)
+        losses, rows, num_rows = self.first.losses.losses, self.rows, num_samples(self.first.batch)
         whole = torch.zeros_like(losses).view(num_rows, -1, losses.shape[1])
         whole[on_device_of(whole, rows)] = product.view(len(rows), -1, losses.shape[1]) * (
             num_rows / len(rows)
