@@ -121,7 +121,8 @@ class Trace:
         self._base, self._version = weakref.ref(tensor if base is None else base), tensor._version
         self._dtype = tensor.dtype
         node: Any = tensor.grad_fn
-        self._node = node if hasattr(type(node), "_saved_result") else None
+        keeps = hasattr(type(node), "_saved_result") and _saved_tensors_hooks(True) is None
+        self._node = node if keeps else None
 
     def __call__(self) -> Tensor | None:
         """An alias of it, or None."""
@@ -138,6 +139,13 @@ class Trace:
             return None
         value = base.detach()
         return value if self._place is None else value.as_strided(*self._place)
+
+
+# Through which nothing is to be asked for: those of checkpointing run the model again. PyTorch
+# tells of them from 2.8 on.
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
+)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
 
 from cases import make_batch, make_model
 from model_rows import ROWS, UNCOMPILED, set_up
@@ -351,3 +352,31 @@ def test_odd_forwards_are_exact(how: str) -> None:
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)  # rounding
+
+
+def test_recall_never_runs_what_checkpointing_would() -> None:
+    runs = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def block(x: Tensor) -> Tensor:
+                runs.append(torch.is_grad_enabled())
+                return self.first(x).relu().tanh().mean(1, keepdim=True).expand(-1, 8)
+
+            return self.head(checkpoint(block, x, use_reentrant=False))
+
+    model = Net().double()
+    step = MetaReweightStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), SampleReweighter(1, form="sigmoid")
+    )
+    train, meta = (
+        (torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))) for _ in range(2)
+    )
+    step.backward(train, meta)
+    runs.clear()
+    step.backward(train, meta)
+    assert len(runs) == 6, "three forwards, and one more for each of three backwards"
