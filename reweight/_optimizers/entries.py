@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, optim
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from reweight._optimizers.slopes import Slope
+from reweight._optimizers.slopes import OfEach, Slope
 from reweight._ranks.collectives import local
 from reweight._ranks.shards import shard_like
 
-Program: TypeAlias = Callable[[Sequence[Tensor], Tensor], Slope]
-"""Of gradients, parameters and moments makes θ̂, where it is told to, and ∂θ̂/∂g."""
+Program: TypeAlias = Callable[[Sequence[Tensor], OfEach, Tensor], Slope]
+"""Of gradients, parameters, moments and numbers makes θ̂, where it is told to, and ∂θ̂/∂g."""
 _BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 24  # entries, for a processor's core and for other devices
 _SMALL, _SMALL_ELSEWHERE = 1 << 12, 1 << 20  # entries; below, it is calling that costs
 
@@ -33,11 +33,14 @@ class Kind(NamedTuple):
         group: which they are of.
         names: of the moments that the optimizer holds for each entry.
         columns: gradients, parameters and these moments.
+        numbers: that the optimizer holds for each parameter on its device, such as the count of
+            its steps, by name.
     """
 
     group: int
     names: list[str]
     columns: list[list[Tensor]]
+    numbers: dict[str, list[Tensor]]
 
 
 class Slopes(NamedTuple):
@@ -57,7 +60,7 @@ def taken(programs: Sequence[Program], kinds: Sequence[Kind]) -> Slopes:
     found = Slopes({}, {}, [])
     for program, kind in zip(programs, kinds, strict=True):
         for pack in _packs(kind.columns[1]):
-            _run(program, [[kept[i] for i in pack] for kept in kind.columns], found)
+            _run(program, _of(kind, pack), found)
     return found
 
 
@@ -70,9 +73,14 @@ def differentiable(step: Slopes, gradients: Mapping[int, Tensor | None]) -> dict
     return dict(zip(held, moved, strict=True))
 
 
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether it is on a device that is waited for where a value is asked for."""
+    return tensor.device.type != "cpu"
+
+
 def plainly_finite(tensor: Tensor) -> bool:
     """Whether one pass shows, as usual, that all entries are; no other device is waited for."""
-    return tensor.device.type == "cpu" and math.isfinite(tensor.sum())
+    return not is_elsewhere(tensor) and math.isfinite(tensor.sum())
 
 
 def _cut(slope: Tensor) -> Tensor:
@@ -107,22 +115,31 @@ def _is_like(slope: Tensor | float, cotangent: Tensor) -> bool:
     return isinstance(slope, Tensor) and slope.dtype == cotangent.dtype
 
 
-def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -> None:
+def _of(kind: Kind, pack: Sequence[int]) -> Kind:
+    """What some of its parameters are given."""
+    columns = [[kept[i] for i in pack] for kept in kind.columns]
+    numbers = {name: [kept[i] for i in pack] for name, kept in kind.numbers.items()}
+    return kind._replace(columns=columns, numbers=numbers)
+
+
+def _run(program: Program, kind: Kind, found: Slopes) -> None:
     """Of parameters that go through as one, θ̂ and slopes to what is found."""
-    members = columns[1]
-    parts = [list(map(local, kept)) for kept in columns]
+    members = kind.columns[1]
+    parts = [list(map(local, kept)) for kept in kind.columns]
     like = parts[1]
     with torch.no_grad():
         inputs = [joined(each).detach() for each in parts]
+        numbers = {name: _stacked(list(map(local, n))) for name, n in kind.numbers.items()}
     value, slope = torch.empty_like(inputs[1]), torch.empty_like(inputs[1])
     blocks: list[Sequence[Tensor]] = [[tensor] for tensor in (*inputs, value, slope)]
     if value.is_contiguous() and like[0].dim():
-        size, ones = _size_on(value.device), [1] * (like[0].dim() - 1)  # some ask for the dimension
+        size, ones = _size_for(value), [1] * (like[0].dim() - 1)  # some ask for the dimension
         blocks = [[whole.reshape(-1, *ones)] for (whole,) in blocks]
         if value.numel() > size:
             blocks = [whole.split(size) for (whole,) in blocks]
+    of_each = OfEach(numbers, [part.numel() for part in like], blocks[1][0].dim())
     for *given, to_value, to_slope in zip(*blocks, strict=True):
-        moved = program(given, to_value)
+        moved = program(given, of_each, to_value)
         if moved.entries is not None:
             torch.mul(moved.entries.expand_as(to_slope), moved.scale, out=to_slope)
             found.nums_cut.append(_cut(to_slope))
@@ -132,13 +149,17 @@ def _run(program: Program, columns: Sequence[Sequence[Tensor]], found: Slopes) -
     found.slopes.update(zip(keys, slopes, strict=True))
 
 
-def _size_on(device: torch.device) -> int:
-    return _BLOCK * torch.get_num_threads() if device.type == "cpu" else _LARGE_BLOCK
+def _stacked(numbers: Sequence[Tensor]) -> Tensor:
+    return numbers[0].detach() if len(numbers) == 1 else torch.stack(list(numbers))
+
+
+def _size_for(tensor: Tensor) -> int:
+    return _LARGE_BLOCK if is_elsewhere(tensor) else _BLOCK * torch.get_num_threads()
 
 
 def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
     """Which go through as one: those that fill a block together, or one alone."""
-    size = _size_on(members[0].device)
+    size = _size_for(members[0])
     sizes = [p.numel() if p.is_contiguous() else size for p in map(local, members)]
     pack: list[int] = []
     filled = 0
@@ -152,14 +173,21 @@ def _packs(members: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def kinds_of(
-    optimizer: optim.Optimizer, gradients: Mapping[int, Tensor | None], is_known: bool
+    optimizer: optim.Optimizer,
+    gradients: Mapping[int, Tensor | None],
+    *,
+    is_known: bool,
+    apart: bool = False,
 ) -> list[Kind] | None:
     """Those that have a gradient.
 
     None where the optimizer holds more than entries and numbers, unless it is known to use no more.
+    Parameters that have numbers on the device are kinds of their own, if they are to be apart, or
+    if the class is not PyTorch's, for it may give one the count of another.
     """
     if not is_known and not only_numbers(optimizer):
         return None
+    apart = apart or not type(optimizer).__module__.startswith("torch.optim.")
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for number, group in enumerate(optimizer.param_groups):
         if not is_known and group.get("fused"):
@@ -167,18 +195,20 @@ def kinds_of(
         for p in group["params"]:
             if gradients.get(id(p)) is None:
                 continue
-            like = _like(p, optimizer.state.get(p, {}), is_known)
+            like = _like(p, optimizer.state.get(p, {}), is_known, apart)
             if like is None or (vars(p) and not is_known):
                 return None
             alike[(number, *like)].append(p)
     kinds = []
     for (number, *_), members in alike.items():
         states = [optimizer.state.get(p, {}) for p in members]
-        shape = members[0].shape
-        names = [n for n, v in states[0].items() if isinstance(v, Tensor) and v.shape == shape]
+        held = {name: v for name, v in states[0].items() if isinstance(v, Tensor)}
+        names = [name for name, v in held.items() if _is_moment(name, v, members[0])]
         given = [g for p in members if (g := gradients[id(p)]) is not None]
         moments = [[state[name] for state in states] for name in names]
-        kinds.append(Kind(number, names, [given, members, *moments]))
+        others = [] if apart else [n for n, v in held.items() if n not in names and is_elsewhere(v)]
+        numbers = {name: [state[name] for state in states] for name in others}
+        kinds.append(Kind(number, names, [given, members, *moments], numbers))
     return kinds
 
 
@@ -191,7 +221,9 @@ def only_numbers(optimizer: optim.Optimizer) -> bool:
 _PARTS = ("param_groups", "state", "params", "param_names", "step")
 
 
-def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...] | None:
+def _like(
+    p: Tensor, state: Mapping[str, Any], is_known: bool, apart: bool
+) -> tuple[Any, ...] | None:
     """What those that go as one have alike; None if the state is not of entries and numbers."""
     if p.is_complex():
         return None
@@ -202,14 +234,20 @@ def _like(p: Tensor, state: Mapping[str, Any], is_known: bool) -> tuple[Any, ...
             if not is_number(value):
                 return None
             found.append((name, str(value)))
-        elif value.shape == p.shape and p.dim():
+        elif _is_moment(name, value, p):
             found.append((name, value.dtype))
         elif value.dim():
             return None
+        elif not is_elsewhere(value):
+            found.append((name, value.item()))
         else:
-            on_device = value.device.type != "cpu"
-            found.append((name, id(value) if on_device else value.item()))
+            found.append((name, value.dtype, value.device, apart and id(value)))
     return tuple(found)
+
+
+def _is_moment(name: str, value: Tensor, p: Tensor) -> bool:
+    """Whether it is of entries; the count of steps is not where a parameter is a number itself."""
+    return value.shape == p.shape and name != "step"
 
 
 def is_number(value: Any) -> bool:
@@ -230,7 +268,7 @@ def together(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Which go through operations as one: small ones that are alike."""
     found: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        most = _SMALL if tensor.device.type == "cpu" else _SMALL_ELSEWHERE
+        most = _SMALL_ELSEWHERE if is_elsewhere(tensor) else _SMALL
         is_small = tensor.numel() <= most and tensor.is_contiguous()
         found[(tensor.device, tensor.dtype) if is_small else i].append(i)
     return list(found.values())

@@ -20,7 +20,7 @@ _OF_ENTRIES = frozenset(
     {"copy", "fill", "zero", "_to_copy", "detach", "alias", "empty_like", "zeros_like", "ones_like"}
     | {"full_like", "_has_compatible_shallow_copy_type", "is_same_size"}
 )
-_ROUNDS_BY_PLACE = frozenset({"pow", "atan2", "hypot"})  # on the CPU, at the end of a tensor
+ROUNDS_BY_PLACE = frozenset({"pow", "atan2", "hypot"})  # on the CPU, at the end of a tensor
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def operation(func: OpOverload) -> Operation:
         or any(alias is not None and not alias.is_write for alias in returned),
         is_list=full_name.startswith("_foreach_"),
         is_entrywise=name in _OF_ENTRIES
-        or (name not in _ROUNDS_BY_PLACE and _is_pointwise(getattr(aten, name, packet))),
+        or (name not in ROUNDS_BY_PLACE and _is_pointwise(getattr(aten, name, packet))),
         makes_constants=name.startswith("new_") or name.endswith("_like") or name == "zero",
         written=written,
         is_out=is_out,

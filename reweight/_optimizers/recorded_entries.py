@@ -1,11 +1,12 @@
 """A recorded step that goes entry by entry: what it does to two of them is done again to all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn, optim
 
-from reweight._optimizers.entries import Slopes, kinds_of, taken
+from reweight._optimizers import entries
+from reweight._optimizers.entries import Kind, Slopes, kinds_of, taken
 from reweight._optimizers.operations import Call
 from reweight._optimizers.recorded_step import How, recorded_step
 from reweight._optimizers.slopes import Program
@@ -23,19 +24,33 @@ def entry_by_entry(
         gradients: by the id of the parameter; None for none.
         how: what the class bears.
     """
-    kinds = kinds_of(optimizer, gradients, is_known=False)
-    if kinds is None:
-        return None
+    for apart in (False, True):
+        kinds = kinds_of(optimizer, gradients, is_known=False, apart=apart)
+        programs = kinds and _programs(optimizer, kinds, how)
+        if kinds and programs:
+            return taken(programs, kinds)
+        if not (kinds and any(kind.numbers for kind in kinds)):
+            break
+    return None
+
+
+def _programs(
+    optimizer: optim.Optimizer, kinds: Sequence[Kind], how: How
+) -> list[entries.Program] | None:
+    """What is done to entries of each kind."""
     some = part(optimizer, ())
     inputs: list[list[Tensor]] = []
+    numbers: list[dict[str, Tensor]] = []
     leaves: dict[int, Tensor] = {}
-    for number, names, columns in kinds:
+    for number, names, columns, of_each in kinds:
         gradient, p, *moments = (_two_entries(kept[0]) for kept in columns)
         first = columns[1][0]
         new = nn.Parameter(p, first.requires_grad)
+        numbers.append({name: _two_entries(kept[0]) for name, kept in of_each.items()})
         some.param_groups[number]["params"].append(new)
         some.state[new].update(optimizer.state.get(first, {}))
         some.state[new].update(zip(names, moments, strict=True))
+        some.state[new].update(numbers[-1])
         leaves[id(new)] = gradient.requires_grad_()
         inputs.append([gradient, new, *moments])
     calls: list[Call] = []
@@ -43,14 +58,12 @@ def entry_by_entry(
         moved, recorder = recorded_step(some, leaves, how, calls)
         if not recorder.is_entrywise or recorder.is_widened or recorder.has_constants:
             return None
-        programs = [
-            Program(calls, few, moved[k]).into for k, few in zip(leaves, inputs, strict=True)
-        ]
+        rows = zip(leaves, inputs, numbers, strict=True)
+        return [Program(calls, few, moved[k], of_each).into for k, few, of_each in rows]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it asks for what entries alone have not
         return None
-    return taken(programs, kinds)
 
 
 def _two_entries(tensor: Tensor) -> Tensor:

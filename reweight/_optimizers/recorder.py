@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
     def number_of(self, tensor: Tensor) -> Any:
         """What its ``.item()`` gives."""
         with self.recording():
-            value = self.read(tensor)
+            value = self._asked_for(tensor)
             if not value.requires_grad:
                 return value.item()
             if self._keeps_numbers:
@@ -224,10 +224,17 @@ class Recorder(TorchDispatchMode):
     def constant_of(self, tensor: Tensor) -> Tensor:
         """For what makes constants."""
         with self.recording():
-            value = self.read(tensor)
+            value = self._asked_for(tensor)
             if value.requires_grad:
                 self.make_constant()
             return value.detach()
+
+    def _asked_for(self, tensor: Tensor) -> Tensor:
+        value = self.read(tensor)
+        if self.calls is not None:
+            func = aten._local_scalar_dense.default
+            self.calls.append(Call(func, operation(func), [value], {}, []))
+        return value
 
     def _on_size(self) -> None:
         self.is_entrywise = False

@@ -6,8 +6,9 @@ others are recorded.
 
 Every rule works entry by entry, so ∂s/∂d is one number for each entry: its slope, which is computed
 along with the step. Where there is no derivative (a root at 0, |d| at 0) it is not finite. A rule
-takes the param group, the moments of the parameter (none before its first step), which step this
-is, and d; it changes none of them.
+takes the param group, the moments of the parameter (none before its first step), what gives the
+function of which step this is, and d; it changes none of them. Where the optimizer counts on the
+device, such a function is of tensors, each of them with one entry for each of d.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, optim
 
 from reweight._optimizers.accepted import Group
-from reweight._optimizers.entries import Kind, Program, Slopes, kinds_of, taken
-from reweight._optimizers.slopes import Slope
+from reweight._optimizers.entries import Kind, Program, Slopes, is_elsewhere, kinds_of, taken
+from reweight._optimizers.slopes import OfEach, Slope
 
 Moments: TypeAlias = Mapping[str, Tensor]
-Count: TypeAlias = float | Tensor
+Number: TypeAlias = float | Tensor
+Count: TypeAlias = Callable[[Callable[[Any], Any]], Any]
 Step: TypeAlias = tuple[Tensor, Tensor | float]
 Rule: TypeAlias = Callable[[Group, Moments, Count, Tensor], Step]
 
@@ -52,36 +54,48 @@ def sgd(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
 def adam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     """Adam: m = β₁m + (1−β₁)d, n = β₂n + (1−β₂)d², s = m̂ / (√n̂ + ε)."""
     (beta1, beta2), eps = group["betas"], group["eps"]
-    first, second = 1 / (1 - beta1**count), 1 / (1 - beta2**count)  # what turns m into m̂, n into n̂
+    first = count(lambda t: 1 / (1 - beta1**t))  # what turns m into m̂
+    second = count(lambda t: 1 / (1 - beta2**t))  # and n into n̂
     mean = _mean(moments.get("exp_avg"), d, beta1)
     root = _mean(moments.get("exp_avg_sq"), d * d, beta2).mul_(second).sqrt_()
     scale = (root + eps).reciprocal_()
     step = mean.mul_(scale).mul_(first)
     # ∂s/∂d = (first·(1−β₁) − s·∂√n̂/∂d) / (√n̂ + ε), with ∂√n̂/∂d = second·(1−β₂)·d / √n̂
-    bend = torch.div(d, root, out=root).mul_(step).mul_(-second * (1 - beta2))
+    bend = torch.div(d, root, out=root).mul_(step).mul_(second * (beta2 - 1))
     return step, bend.add_(first * (1 - beta1)).mul_(scale)
 
 
 def radam(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     """RAdam: Adam's moments, s = m̂ · r·√(1−β₂ᵗ) / (√n + ε) with rectification r, or m̂ at first."""
     (beta1, beta2), eps = group["betas"], group["eps"]
-    first, rest = 1 / (1 - beta1**count), 1 - beta2**count
-    mean = first * _mean(moments.get("exp_avg"), d, beta1)
     longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * count * beta2**count / rest
-    if length <= 5:
+
+    def length(t: Number) -> Any:
+        return longest - 2 * t * beta2**t / (1 - beta2**t)
+
+    def rectified(t: Number) -> Any:
+        n = length(t)
+        r = (n - 4) * (n - 2) * longest / (longest - 4) / (longest - 2) / n
+        return ((1 - beta2**t) * r) ** 0.5
+
+    first, is_short = count(lambda t: 1 / (1 - beta1**t)), count(lambda t: length(t) <= 5)
+    mean = first * _mean(moments.get("exp_avg"), d, beta1)
+    if is_short is True or longest <= 5:
         return mean, first * (1 - beta1)
-    rectification = (length - 4) * (length - 2) * longest / (longest - 4) / (longest - 2) / length
     root = _mean(moments.get("exp_avg_sq"), d * d, beta2).sqrt_()
-    scale = (rest * rectification) ** 0.5 / (root + eps)
+    scale = count(rectified) / (root + eps)
     bend = mean * (1 - beta2) * d / root / (root + eps)
-    return mean * scale, scale * (first * (1 - beta1) - bend)
+    step, slope = mean * scale, scale * (first * (1 - beta1) - bend)
+    if is_short is False:
+        return step, slope
+    short = torch.as_tensor(is_short)
+    return torch.where(short, mean, step), torch.where(short, first * (1 - beta1), slope)
 
 
 def adamax(group: Group, moments: Moments, count: Count, d: Tensor) -> Step:
     """Adamax: m = β₁m + (1−β₁)d, n = max(β₂n, |d| + ε), s = m̂ / n."""
     (beta1, beta2), eps = group["betas"], group["eps"]
-    first = 1 / (1 - beta1**count)
+    first = count(lambda t: 1 / (1 - beta1**t))
     mean = _mean(moments.get("exp_avg"), d, beta1).mul_(first)
     old, size = beta2 * moments.get("exp_inf", torch.zeros_like(d)), d.abs()
     new = size + eps
@@ -113,17 +127,21 @@ def _sum(decay: float, moment: Tensor, share: float, new: Tensor) -> Tensor:
 def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
     """θ̂ = θ − α·s, and its slope ∂θ̂/∂g."""
     group, rule = optimizer.param_groups[kind.group], RULES[type(optimizer)]
-    count = _count(optimizer.state.get(kind.columns[1][0], {}))
+    state: Mapping[str, Any] = optimizer.state.get(kind.columns[1][0], {})
+    number = None if "step" in kind.numbers else float(state.get("step", 0)) + 1
     lr, decay = group["lr"], group.get("weight_decay", 0)
+    if isinstance(lr, Tensor) and not is_elsewhere(lr):
+        lr = lr.item()  # which no device is waited for, and may be of another than the entries
     decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
 
     @torch.no_grad()
-    def program(inputs: Sequence[Tensor], out: Tensor) -> Slope:
+    def program(inputs: Sequence[Tensor], of_each: OfEach, out: Tensor) -> Slope:
         g, p, *moments = inputs
         d = -g if group.get("maximize") else g
         if decay and not decoupled:
             d = d.add(p, alpha=decay)
         start = p * (1 - lr * decay) if decoupled and decay else p
+        count = _counted(of_each, p.dtype) if number is None else lambda of: of(number)
         step, slope = rule(group, dict(zip(kind.names, moments, strict=True)), count, d)
         if isinstance(lr, Tensor):
             torch.sub(start, lr * step, out=out)
@@ -135,9 +153,9 @@ def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
     return program
 
 
-def _count(state: Mapping[str, Any]) -> Count:
-    """Which step of the parameter this is; a tensor where the optimizer counts on the device."""
-    step = state.get("step", 0)
-    on_device = isinstance(step, Tensor) and step.device.type != "cpu"
-    # In float64: β**count would otherwise be rounded to float32.
-    return (step.double() if on_device else float(step)) + 1
+def _counted(of_each: OfEach, dtype: torch.dtype) -> Count:
+    """Of steps counted on the device."""
+    number = of_each.numbers["step"].double() + 1  # β**t would otherwise be rounded to float32
+
+    wanted = torch.promote_types(dtype, torch.float32)
+    return lambda of: of_each.spread(of(number), wanted)

@@ -6,12 +6,35 @@ one number for each. It begins as 1, and what all entries have in common stays a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from reweight._optimizers.operations import Call, leaves, tensors_in
+from reweight._optimizers.operations import ROUNDS_BY_PLACE, Call, Operation, leaves, tensors_in
+
+
+class OfEach(NamedTuple):
+    """Numbers of each parameter, where several go through a step as one.
+
+    Attributes:
+        numbers: by name, one for each parameter; of a single one without a dimension.
+        sizes: how many entries each parameter has.
+        num_dims: of the tensor that the entries are in.
+    """
+
+    numbers: Mapping[str, Tensor]
+    sizes: Sequence[int]
+    num_dims: int
+
+    def spread(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """That of its parameter for each entry, of that type; of a single one to be broadcast."""
+        numbers = numbers.to(dtype) if numbers.is_floating_point() else numbers
+        if len(self.sizes) > 1:
+            each = zip(numbers.unbind(), self.sizes, strict=True)
+            numbers = torch.cat([number.expand(size) for number, size in each])
+        return numbers.view(-1, *[1] * (self.num_dims - 1)) if self.num_dims else numbers
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,26 @@ class _Place(int):
     """Stands for what differs from block to block."""
 
 
+class _Again(NamedTuple):
+    """An operation to be done again.
+
+    Attributes:
+        call: with places for what differs.
+        args: of its rule.
+        named: of its rule, by name.
+        rule: what gives the slope; None if there is no rule.
+        after: the place of what comes of it.
+        spreads: numbers that it needs for each entry: where they are, and where they go.
+    """
+
+    call: Call
+    args: list[Any]
+    named: dict[str, Any]
+    rule: _Rule | None
+    after: _Place
+    spreads: Mapping[Any, _Place]
+
+
 class Program:
     """What was done to some entries, to be done to others.
 
@@ -109,40 +152,67 @@ class Program:
         calls: as a recorder keeps them; those that the entries play no part in are left out.
         inputs: the entries, that of which the slope is asked for first.
         result: what became of them.
+        numbers: what the optimizer holds for each parameter, by name.
 
     Raises:
-        ValueError: they changed their shape, or met others.
+        ValueError: entries changed their shape, or met others, or numbers became constants.
     """
 
-    def __init__(self, calls: Iterable[Call], inputs: Sequence[Tensor], result: Tensor) -> None:
-        places = {_memory(tensor): _Place(i) for i, tensor in enumerate(inputs)}
+    def __init__(
+        self,
+        calls: Iterable[Call],
+        inputs: Sequence[Tensor],
+        result: Tensor,
+        numbers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        numbers = numbers or {}
+        self._names, self._calls = list(numbers), list[_Again]()
+        places: dict[Any, _Place] = {}
+        for i, tensor in enumerate((*inputs, *numbers.values())):
+            places[_memory(tensor)] = _Place(i)
+        of_each = {places[_memory(tensor)] for tensor in numbers.values()}
 
         def place(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             found = places.get(_memory(value))
-            if value.dim() and (found is None or value.shape != result.shape):
+            shape = () if found in of_each else result.shape
+            if value.dim() and (found is None or value.shape != shape):
                 raise ValueError("entries changed their shape, or met others")
             return value if found is None else found
 
-        self._calls: list[tuple[Call, list[Any], dict[str, Any], _Rule | None, _Place]] = []
         for call in calls:
-            if any(_memory(tensor) in places for tensor in tensors_in(call.arguments)):
-                (new,) = call.results
-                given = call.with_values(place)
-                after = places.setdefault(_memory(new), _Place(len(places)))
-                duals, outputs = given.with_values(_constant), dict(call.op.written).values()
-                named = {name: x for name, x in duals.named.items() if name not in outputs}
-                rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
-                self._calls.append((given, leaves(duals.values), named, rule, after))
-        self._result = place(result)
+            met = {places[m] for m in map(_memory, tensors_in(call.arguments)) if m in places}
+            if met & of_each and not (call.results and _takes_several(call.op)):
+                raise ValueError("numbers became constants")
+            if not (met and call.results):
+                continue
+            (new,) = call.results
+            given = call.with_values(place)
+            spreads: dict[Any, _Place] = {}
+            for number in met & of_each if met - of_each else ():
+                spreads[number] = places.setdefault(("spread", number), _Place(len(places)))
+            given = given.with_values(partial(_instead, spreads)) if spreads else given
+            after = places.setdefault(_memory(new), _Place(len(places)))
+            of_each |= {after} if met <= of_each else set()
+            duals, outputs = given.with_values(_constant), dict(call.op.written).values()
+            named = {name: x for name, x in duals.named.items() if name not in outputs}
+            rule = _RULES.get(call.op.name) if named.keys() <= {"alpha", "value"} else None
+            self._calls.append(_Again(given, leaves(duals.values), named, rule, after, spreads))
+        self._result, self._dtype = place(result), result.dtype
 
     @torch.no_grad()
-    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Slope]:
+    def __call__(
+        self, inputs: Sequence[Tensor], of_each: OfEach | None = None
+    ) -> tuple[Tensor, Slope]:
         """The result for these, and its slope."""
-        held = {i: _Dual(tensor) for i, tensor in enumerate(inputs)}
+        numbers = [of_each.numbers[name] for name in self._names] if of_each else []
+        held = {i: _Dual(tensor) for i, tensor in enumerate([*inputs, *numbers])}
         held[0] = _Dual(inputs[0], Slope(1.0))
-        for call, args, named, rule, after in self._calls:
+        for call, args, named, rule, after, spreads in self._calls:
+            for number, place in spreads.items():
+                if place not in held and of_each:
+                    held[place] = _Dual(of_each.spread(held[number].value, self._dtype))
             args = [held[x] if type(x) is _Place else x for x in args]
             named = {name: held[x] if type(x) is _Place else x for name, x in named.items()}
             moves = any(x.slope.scale for x in [*args, *named.values()])
@@ -155,11 +225,20 @@ class Program:
         return result.value, result.slope
 
     @torch.no_grad()
-    def into(self, inputs: Sequence[Tensor], out: Tensor) -> Slope:
+    def into(self, inputs: Sequence[Tensor], of_each: OfEach, out: Tensor) -> Slope:
         """The same, the result written to another tensor."""
-        value, slope = self(inputs)
+        value, slope = self(inputs, of_each)
         out.copy_(value)
         return slope
+
+
+def _takes_several(op: Operation) -> bool:
+    """Whether what it does to numbers it does to several at once, and to entries."""
+    return (op.is_entrywise or op.name in ROUNDS_BY_PLACE) and op.name != "fill"
+
+
+def _instead(others: Mapping[Any, _Place], value: Any) -> Any:
+    return others.get(value, value) if type(value) is _Place else value
 
 
 def _memory(tensor: Tensor) -> int:

@@ -43,7 +43,7 @@ def test_the_step_is_the_stock_optimizers_and_the_slope_its_derivative(
     moments = {name: value for name, value in state.items() if name != "step" and value is not None}
     kept = copy.deepcopy(moments)
     d = torch.tensor([0.3, -0.8, 1.1, -0.2], dtype=torch.float64)
-    step, slope = RULES[kind](group, moments, num_steps + 1, d)
+    step, slope = RULES[kind](group, moments, lambda of: of(num_steps + 1), d)
     assert all(torch.equal(moments[name], kept[name]) for name in kept), "it changes no moment"
 
     def stock_step(d: Tensor) -> Tensor:
@@ -64,6 +64,6 @@ def test_a_root_at_zero_has_no_slope() -> None:
     """It is not finite, for the pseudo update to find and count."""
     d = torch.zeros(2)
     group = {"betas": (0.9, 0.999), "eps": 1e-8}
-    step, slope = RULES[optim.Adam](group, {}, 1, d)
+    step, slope = RULES[optim.Adam](group, {}, lambda of: of(1), d)
     assert torch.equal(step, d)
     assert not slope.isfinite().any()
