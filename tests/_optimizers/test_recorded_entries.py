@@ -1,9 +1,13 @@
 """Steps that go entry by entry: many parameters as one, with values and slopes as without."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
+from ages import OfAges, Operations
 from reweight._optimizers.recorded_entries import entry_by_entry
 from reweight._optimizers.recorded_step import How, recorded_step
 from steps import GlobalNorm, Make, Taken, TrustRatio
@@ -54,6 +58,91 @@ def test_parameters_of_different_age_and_large_ones_go_apart() -> None:
     assert found is not None
     for key, value in recorded_step(optimizer, leaves).parameters.items():
         assert torch.equal(found.values[key], value)
+
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "NAdam": {},
+    "Adadelta": {},
+    "ASGD": {},
+    "RMSprop": {},
+    "Adam": {"amsgrad": True},
+}
+
+
+def of_ages(name: str, dtype: torch.dtype, foreach: bool, num: int = 8, **options: Any) -> OfAges:
+    options = {"foreach": foreach, "capturable": True, **COUNTED.get(name, {}), **options}
+    return OfAges(getattr(optim, name), dtype, num, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_parameter_has_its_own_numbers_where_they_are_on_the_device(
+    name: str, foreach: bool, dtype, elsewhere
+) -> None:
+    taken = of_ages(name, dtype, foreach)
+    leaves = {id(p): g for p, g in zip(taken.parameters, taken.gradients, strict=True)}
+    found = entry_by_entry(taken.optimizer, leaves, How())
+    moved, _ = recorded_step(taken.optimizer, leaves)
+    assert found is not None
+    slopes = torch.autograd.grad(sum(m.sum() for m in moved.values()), taken.gradients)
+    eps = torch.finfo(dtype).eps
+    for p, slope, own in zip(taken.parameters, slopes, taken.own(), strict=True):
+        # Powers of several numbers at once round otherwise on a processor.
+        assert (found.values[id(p)] - own).norm() <= eps * own.norm()
+        assert (found.slopes[id(p)] - slope).norm() <= 16 * eps * slope.norm()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", COUNTED)
+def test_more_parameters_take_no_more_operations_where_they_are_counted(
+    name: str, foreach: bool, elsewhere
+) -> None:
+    nums = []
+    for num_parameters in (4, 12):
+        taken = of_ages(name, torch.float32, foreach, num_parameters)
+        leaves = {id(p): g for p, g in zip(taken.parameters, taken.gradients, strict=True)}
+        with Operations() as operations:
+            assert entry_by_entry(taken.optimizer, leaves, How()) is not None
+        nums.append(operations.num)
+    assert nums[0] == nums[1]
+
+
+class ByCount(optim.Optimizer):
+    """What it does depends on a count, asked for in one way or another."""
+
+    def __init__(self, params: Any, lr: float, decide: Callable[[Tensor], float]) -> None:
+        super().__init__(params, {"lr": lr})
+        self._decide = decide
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                step = self.state[p].setdefault("step", torch.zeros(()))
+                step += 1
+                p.sub_(p.grad, alpha=self._decide(step))
+
+
+@pytest.mark.parametrize("module", ["torch.optim.by_count", "others"])
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda step: 1 / step.item(),
+        lambda step: float(step) / 8,
+        lambda step: 0.1 if step > 6 else 0.2,
+    ],
+)
+def test_numbers_that_are_asked_for_are_of_each_parameter(
+    decide, module, elsewhere, monkeypatch
+) -> None:
+    monkeypatch.setattr(ByCount, "__module__", module)
+    taken = OfAges(ByCount, torch.float64, decide=decide)
+    leaves = {id(p): g for p, g in zip(taken.parameters, taken.gradients, strict=True)}
+    found = entry_by_entry(taken.optimizer, leaves, How())
+    assert found is not None
+    for p, own in zip(taken.parameters, taken.own(), strict=True):
+        assert torch.equal(found.values[id(p)], own)
 
 
 @pytest.mark.parametrize("make", [TrustRatio, GlobalNorm, BySize])
