@@ -137,7 +137,7 @@ def _run(program: Program, kind: Kind, found: Slopes) -> None:
         blocks = [[whole.reshape(-1, *ones)] for (whole,) in blocks]
         if value.numel() > size:
             blocks = [whole.split(size) for (whole,) in blocks]
-    of_each = OfEach(numbers, [part.numel() for part in like], blocks[1][0].dim())
+    of_each = OfEach(numbers, like, blocks[1][0].dim())
     for *given, to_value, to_slope in zip(*blocks, strict=True):
         moved = program(given, of_each, to_value)
         if moved.entries is not None:
@@ -247,7 +247,7 @@ def _like(
 
 def _is_moment(name: str, value: Tensor, p: Tensor) -> bool:
     """Whether it is of entries; the count of steps is not where a parameter is a number itself."""
-    return value.shape == p.shape and name != "step"
+    return value.shape == p.shape and (p.dim() > 0 or name != "step")
 
 
 def is_number(value: Any) -> bool:

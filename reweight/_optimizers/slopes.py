@@ -20,20 +20,20 @@ class OfEach(NamedTuple):
 
     Attributes:
         numbers: by name, one for each parameter; of a single one without a dimension.
-        sizes: how many entries each parameter has.
+        parameters: which have as many entries.
         num_dims: of the tensor that the entries are in.
     """
 
     numbers: Mapping[str, Tensor]
-    sizes: Sequence[int]
+    parameters: Sequence[Tensor]
     num_dims: int
 
     def spread(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """That of its parameter for each entry, of that type; of a single one to be broadcast."""
         numbers = numbers.to(dtype) if numbers.is_floating_point() else numbers
-        if len(self.sizes) > 1:
-            each = zip(numbers.unbind(), self.sizes, strict=True)
-            numbers = torch.cat([number.expand(size) for number, size in each])
+        if len(self.parameters) > 1:
+            each = zip(numbers.unbind(), self.parameters, strict=True)
+            numbers = torch.cat([number.expand(p.numel()) for number, p in each])
         return numbers.view(-1, *[1] * (self.num_dims - 1)) if self.num_dims else numbers
 
 
