@@ -4,9 +4,10 @@ Counted on the CPU below autograd, where each operation arrives once: a launch i
 is no view and allocates no more than memory; its bytes are those of its inputs and outputs, each
 read or written once; a product of two numbers is a multiply-add. The cross-entropy of all exits is
 what its Triton kernels are, one launch forward, one backward, one in forward mode, optimizers are
-those of a GPU (``foreach``), and nothing is looked at that a GPU would be waited for. The roofline
-gives an operation the longest of the three: its bytes at this bandwidth, its arithmetic at this
-rate, a launch; the last column has no launches, as where batches are large.
+those of a GPU (SGD ``foreach``, AdamW ``fused``, which counts its steps there), and nothing is
+looked at that a GPU would be waited for. The roofline gives an operation the longest of the three:
+its bytes at this bandwidth, its arithmetic at this rate, a launch; the last column has no launches,
+as where batches are large.
 
     python benchmarks/counts.py                                # all nets; writes results/counts.txt
     python benchmarks/counts.py --nets vit --operations 20     # which operations it is that cost
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -84,7 +86,7 @@ class Counting(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if not self._pauses and _is_kernel(func, name, result):
             inputs = _tensors((args, kwargs))
-            outputs = _tensors(result)
+            outputs = _tensors(result) or _written(func, args)
             if _overwrites(name):  # what was there is not read
                 inputs = inputs[1:]
             read = sum(map(_size, inputs))
@@ -112,9 +114,14 @@ class Counting(TorchDispatchMode):
 def _is_kernel(func: Any, name: str, result: Any) -> bool:
     is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
     allocates = "empty" in name
-    # A foreach operation in place returns nothing.
-    works = bool(_tensors(result)) or name.startswith("_foreach")
+    # One of a list or of an optimizer, in place, returns nothing.
+    works = bool(_tensors(result)) or name.startswith(("_foreach", "_fused"))
     return works and not (is_view or allocates or name in _NO_KERNEL)
+
+
+def _written(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return _tensors([x for a, x in pairs if a.alias_info and a.alias_info.is_write])
 
 
 def _overwrites(name: str) -> bool:
@@ -167,8 +174,7 @@ def counting() -> Iterator[Cost]:
         # What a GPU is not waited for, and as much as goes through it at once.
         patch("reweight._targets.is_traced", lambda: True),
         patch.object(guarded_step, "_step_if", guarded_step._step_and_undo),
-        patch.object(entries, "_BLOCK", entries._LARGE_BLOCK),
-        patch.object(entries, "_SMALL", entries._SMALL_ELSEWHERE),
+        patch.object(entries, "is_elsewhere", lambda tensor: True),
     ]
     for each in patches:
         each.start()
@@ -188,7 +194,7 @@ def cost_of(net: Net, optimizer_name: str, name: str) -> Cost:
     optimizer = OPTIMIZERS[optimizer_name](model)
     g_optimizer = Adam(g.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)  # the default there
     for group in optimizer.param_groups:
-        group["foreach"] = True
+        group["fused" if optimizer_name == "adamw" else "foreach"] = True
     step = CONTESTANTS[name](model, optimizer, g, g_optimizer)
     run = partial(step, net.batch(), net.batch())
     for _ in range(3):
@@ -198,28 +204,31 @@ def cost_of(net: Net, optimizer_name: str, name: str) -> Cost:
 
 
 def table(
-    nets: Sequence[str], names: Sequence[str], card: tuple[float, float, float]
+    nets: Sequence[str],
+    optimizers: Sequence[str],
+    names: Sequence[str],
+    card: tuple[float, float, float],
 ) -> Iterator[str]:
     """Line by line."""
     bandwidth, rate, launch = card
     yield (
-        f"PyTorch {torch.__version__}, SGD; plain step = 1. Roofline: {bandwidth:.3g} bytes and "
-        f"{rate:.3g} operations a second, {launch * 1e6:.3g} µs a launch"
+        f"PyTorch {torch.__version__}; plain step of the same optimizer = 1. Roofline: "
+        f"{bandwidth:.3g} bytes and {rate:.3g} operations a second, {launch * 1e6:.3g} µs a launch"
     )
-    yield f"{'net':>5}  {'step':<16}{'launches':>9}{'bytes':>7}{'multiply-adds':>15}" + (
+    yield f"{'net':>5}{'':>7}  {'step':<16}{'launches':>9}{'bytes':>7}{'multiply-adds':>15}" + (
         f"{'roofline':>10}{'without launches':>18}"
     )
-    for net in nets:
-        plain = cost_of(NETS[net], "sgd", "plain")
+    for net, optimizer in product(nets, optimizers):
+        plain = cost_of(NETS[net], optimizer, "plain")
         yield (
-            f"{net:>5}  {'plain':<16}{plain.launches:>9}{plain.bytes / 1e9:>6.2f}G"
+            f"{net:>5}{optimizer:>7}  {'plain':<16}{plain.launches:>9}{plain.bytes / 1e9:>6.2f}G"
             f"{plain.multiply_adds / 1e9:>14.2f}G{plain.seconds(*card) * 1e3:>8.2f}ms"
             f"{plain.seconds(bandwidth, rate, 0) * 1e3:>16.2f}ms"
         )
         for name in names:
             if name == "plain":
                 continue
-            cost = cost_of(NETS[net], "sgd", name)
+            cost = cost_of(NETS[net], optimizer, name)
             ratios = (
                 cost.launches / plain.launches,
                 cost.bytes / plain.bytes,
@@ -227,22 +236,22 @@ def table(
                 cost.seconds(*card) / plain.seconds(*card),
                 cost.seconds(bandwidth, rate, 0) / plain.seconds(bandwidth, rate, 0),
             )
-            yield f"{net:>5}  {name:<16}" + "".join(
+            yield f"{net:>5}{optimizer:>7}  {name:<16}" + "".join(
                 f"{ratio:>{width}.2f}"
                 for ratio, width in zip(ratios, (9, 7, 15, 10, 18), strict=True)
             )
 
 
-def operations(net: str, name: str, num: int) -> Iterator[str]:
+def operations(net: str, optimizer: str, name: str, num: int) -> Iterator[str]:
     """Which operations a step consists of, by bytes, beside those of a plain step."""
-    plain, cost = (cost_of(NETS[net], "sgd", each) for each in ("plain", name))
+    plain, cost = (cost_of(NETS[net], optimizer, each) for each in ("plain", name))
     sums: dict[str, list[int]] = {}
     for k, each in enumerate((cost, plain)):
         for (operation, num_bytes, _), count in each.each.items():
             row = sums.setdefault(operation, [0] * 4)
             row[k] += count
             row[2 + k] += count * num_bytes
-    yield f"{net}, {name}: launches and MB of it, and of a plain step"
+    yield f"{net}, {optimizer}, {name}: launches and MB of it, and of a plain step"
     for operation, row in sorted(sums.items(), key=lambda item: -item[1][2])[:num]:
         yield f"  {operation:<48}{row[0]:>6}{row[2] / 1e6:>10.1f}{row[1]:>8}{row[3] / 1e6:>10.1f}"
 
@@ -251,6 +260,7 @@ def main() -> None:
     """Print the table, or what it consists of."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["conv", "vit", "lm"])
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--steps", nargs="+", choices=CONTESTANTS, default=list(NAMES))
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes a second")
     parser.add_argument("--rate", type=float, default=989e12, help="bf16 operations a second")
@@ -258,14 +268,14 @@ def main() -> None:
     parser.add_argument("--operations", type=int, metavar="N", help="the N costliest of each")
     settings = parser.parse_args()
     if settings.operations:
-        for net in settings.nets:
-            for name in settings.steps:
-                if name != "plain":
-                    print("\n".join(operations(net, name, settings.operations)), flush=True)
+        for net, optimizer, name in product(settings.nets, settings.optimizers, settings.steps):
+            if name != "plain":
+                lines = operations(net, optimizer, name, settings.operations)
+                print("\n".join(lines), flush=True)
         return
     card = settings.bandwidth, settings.rate, settings.launch
     lines = []
-    for line in table(settings.nets, settings.steps, card):
+    for line in table(settings.nets, settings.optimizers, settings.steps, card):
         print(line, flush=True)
         lines.append(line)
     if vars(settings) == vars(parser.parse_args([])):
