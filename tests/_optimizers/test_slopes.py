@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reweight._optimizers.recorder import Recorder
-from reweight._optimizers.slopes import Program, Slope
+from reweight._optimizers.slopes import OfEach, Program, Slope
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of x, which moves, and y
     "add": lambda x, y: y.add(x, alpha=-0.1) + x,
@@ -84,3 +84,55 @@ def test_entries_that_meet_others_have_no_program(others: Tensor) -> None:
     x, y = torch.rand(2, 2)
     with pytest.raises(ValueError, match="changed their shape, or met others"):
         recorded(lambda x, y: x * y + others, x, y)
+
+
+def with_numbers(function: Callable[..., Tensor]) -> Program:
+    """Of x and a number t, recorded."""
+    recorder, x, t = Recorder(), torch.rand(2), torch.tensor(3.0)
+    recorder.calls = []
+    place, count = x.clone(), t.clone()
+    recorder.write(place, x.requires_grad_())
+    recorder.write(count, t)
+    with torch.no_grad(), recorder.numbers(), recorder:
+        result = function(place, count)
+    assert recorder.is_entrywise
+    return Program(recorder.calls, [x], recorder.read(result), {"t": t})
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_each_parameter_has_its_own_numbers(shape: tuple[int, ...]) -> None:
+    program = with_numbers(lambda x, t: x * (1 - 0.5 ** t.add_(1)) + torch.where(t > 3, x, x / t))
+    parameters, t = [torch.rand(4, *shape[1:]), torch.rand(2, *shape[1:])], torch.tensor([1.0, 7.0])
+    x = torch.cat(parameters)
+    each = torch.tensor([2.0] * 4 + [8.0] * 2).view(shape)
+    slope = 1 - 0.5**each + torch.where(each > 3, 1, 1 / each)
+    value, found = program([x], OfEach({"t": t}, parameters, len(shape)))
+    torch.testing.assert_close(value, x * slope)
+    torch.testing.assert_close(found.scale * found.entries, slope)
+    alone, _ = program([x[:4]], OfEach({"t": t[0]}, parameters[:1], len(shape)))
+    torch.testing.assert_close(alone, value[:4])
+
+
+def test_numbers_are_spread_as_they_are_broadcast() -> None:
+    parameters = [torch.rand(3), torch.rand(0), torch.rand(1)]
+    numbers = torch.tensor([1.0, 2.0, 3.0])
+    spread = OfEach({}, parameters, 1).spread(numbers, torch.float32)
+    torch.testing.assert_close(spread, torch.tensor([1.0, 1.0, 1.0, 3.0]).float())
+    assert OfEach({}, parameters[:1], 3).spread(numbers[0], torch.float64).shape == (1, 1, 1)
+    assert OfEach({}, [torch.rand(())], 0).spread(numbers[0], torch.float64).shape == ()
+    assert OfEach({}, parameters, 1).spread(numbers > 1, torch.float32).dtype is torch.bool
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, t: x * t.item(),
+        lambda x, t: x * float(t + 1),
+        lambda x, t: x * 2 if t > 2 else x,
+        lambda x, t: x + torch.zeros_like(x).fill_(t),
+        lambda x, t: x * t.sum(),
+    ],
+)
+def test_numbers_that_become_constants_have_no_program(function) -> None:
+    with pytest.raises(ValueError, match="numbers became constants"):
+        with_numbers(function)
