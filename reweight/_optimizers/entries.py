@@ -203,7 +203,8 @@ def kinds_of(
     for (number, *_), members in alike.items():
         states = [optimizer.state.get(p, {}) for p in members]
         held = {name: v for name, v in states[0].items() if isinstance(v, Tensor)}
-        names = [name for name, v in held.items() if _is_moment(name, v, members[0])]
+        shape = members[0].shape
+        names = [n for n, v in held.items() if v.shape == shape and (shape or n != "step")]
         given = [g for p in members if (g := gradients[id(p)]) is not None]
         moments = [[state[name] for state in states] for name in names]
         others = [] if apart else [n for n, v in held.items() if n not in names and is_elsewhere(v)]
@@ -229,12 +230,13 @@ def _like(
         return None
     # A step that is not known may ask for the dimension.
     found: list[Any] = [is_known or p.dim() or id(p), p.dtype, p.device, p.requires_grad]
+    shape = p.shape
     for name, value in state.items():
         if not isinstance(value, Tensor):
             if not is_number(value):
                 return None
             found.append((name, str(value)))
-        elif _is_moment(name, value, p):
+        elif value.shape == shape and (shape or name != "step"):  # a count is not of entries
             found.append((name, value.dtype))
         elif value.dim():
             return None
@@ -243,11 +245,6 @@ def _like(
         else:
             found.append((name, value.dtype, value.device, apart and id(value)))
     return tuple(found)
-
-
-def _is_moment(name: str, value: Tensor, p: Tensor) -> bool:
-    """Whether it is of entries; the count of steps is not where a parameter is a number itself."""
-    return value.shape == p.shape and (p.dim() > 0 or name != "step")
 
 
 def is_number(value: Any) -> bool:
