@@ -281,4 +281,5 @@ def parted(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The other way."""
     if len(like) == 1:
         return [whole]
-    return list(_unflatten_dense_tensors(whole, like))
+    parts = zip(_unflatten_dense_tensors(whole, like), like, strict=True)
+    return [part if part.numel() else part.view(t.shape) for part, t in parts]  # PyTorch 2.6: [0]
