@@ -1,7 +1,15 @@
-"""What a step costs on a device, in plain steps: ours and the peers', eager and compiled."""
+"""What a step costs on a device, in plain steps: ours and the peers', eager and compiled.
 
+Sizes are chosen by the work of a plain step: 1.9, 0.2, 4.3 and 2.3 TFLOP of conv, MSDNet, ViT and
+language model, 10 to 20 ms in bfloat16 on an H200 (MSDNet's are its 900 launches), and a quarter
+of the samples in float32, whose products are ten times slower. A row's contestants take about 105
+plain steps to warm up and to be weighed, and 42 a round: 2 s and 1 s.
+"""
+
+import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-from card.timing import medians_by_turns, peak_bytes
+from card.problems import placed
+from card.timing import MOST, Run, Step, medians_by_turns, warm
 from contestants import CONTESTANTS, UNSUPPORTED
 from msdnet import MSDNet
 from nets import OPTIMIZERS, TINY_NETS, Batch, LanguageModel, Net, ViT, images, texts
@@ -21,54 +30,83 @@ Row = dict[str, Any]
 
 CARD_NETS = {  # as large as one trains them on a card
     "conv": Net(lambda: MultiExitConvNet((3, 32, 32), 10, 5, 64), 5, partial(images, 1024)),
-    "msdnet": Net(lambda: MSDNet(100), 5, partial(images, 512, 100)),
     "vit": Net(lambda: ViT(384, 12), 6, partial(images, 512)),
     "lm": Net(lambda: LanguageModel(32000, 256, 512, 8), 4, partial(texts, 16, 32000, 256)),
+    "msdnet": Net(lambda: MSDNet(100), 5, partial(images, 512, 100)),
 }
+PART = 4  # of the samples, in float32
 OURS = [f"ours, {mode}" for mode in ("forward", "lean", "lagged", "interval 10")]
+SECONDS = {"sgd": 5.0, "adamw": 3.5}  # of a row
 
 
 def cost(
-    device: str,
+    run: Run,
     name: str,
     net: Net,
     optimizer_name: str,
     contestants: list[str],
     dtype: torch.dtype | None,
     compiled: bool,
-    limit: float,
 ) -> Row:
     """Time and memory of each contestant over the plain step's, in one run."""
-    steps: dict[str, Callable[[], object]] = {}
-    memory: dict[str, int | None] = {}
-    errors: dict[str, str] = {}
-    batches = [placed(net.batch(), device) for _ in range(2)]
-    for contestant in contestants:
-        step = step_of(device, net, optimizer_name, contestant, batches, dtype, compiled)
-        calls = 10 if contestant == "ours, interval 10" else 1
-        try:
-            for _ in range(3):
-                step()
-            memory[contestant] = peak_bytes(step, device)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            errors[contestant] = f"{type(error).__name__}: {error}"[:200]
-            continue
-        steps[contestant] = partial(repeat, step, calls)
-    seconds = medians_by_turns(steps, device, limit)
-    seconds = {c: s / (10 if c == "ours, interval 10" else 1) for c, s in seconds.items()}
-    plain = seconds.pop("plain")
+    if compiled:
+        torch.compiler.reset()
+    limit = float("inf") if compiled or run.tiny else SECONDS[optimizer_name]
+    until = min(run.deadline, time.monotonic() + limit)
+    batches = [placed(net.batch(), run.device) for _ in range(2)]
+    if dtype is None and not run.tiny:
+        batches = [(x[: len(x) // PART], y[: len(y) // PART]) for x, y in batches]
+    builds = {
+        c: partial(step_of, run.device, net, optimizer_name, c, batches, dtype, compiled)
+        for c in contestants
+    }
+    with logged() as messages:
+        steps, memory, reasons = warm(builds, run.device, until)
+    if "plain" not in steps:
+        raise RuntimeError(reasons["plain"])
+    seconds, num_rounds = medians_by_turns(steps, run.device, until, 1 if run.tiny else MOST)
+    seconds = {c: each / calls_of(c) for c, each in seconds.items()}
+    plain, base = seconds.pop("plain"), memory.pop("plain")
     row: Row = {
         "case": f"{name}, {optimizer_name}" + (", compiled" if compiled else ""),
         "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
         "outcome": "measured",
+        "samples": len(batches[0][0]),
         "plain ms": plain * 1e3,
         **{contestant: each / plain for contestant, each in seconds.items()},
     }
-    base = memory["plain"]
     if base:
         row["plain MiB"] = base / 2**20
-        row |= {f"{c}, memory": m / base for c, m in memory.items() if m and c != "plain"}
-    return {**row, **errors}
+        row |= {f"{c}, memory": m / base for c, m in memory.items() if m}
+    if dtype is None:
+        row["TF32"] = tf32()
+    if messages:
+        row["logged"] = messages
+    return {**row, "rounds": num_rounds, **reasons}
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the library warns of, each once: that it runs uncompiled, for one."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("reweight").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("reweight").removeHandler(handler)
+
+
+def calls_of(contestant: str) -> int:
+    """How many calls are one step here: a whole interval, of which one call updates."""
+    return 10 if "interval 10" in contestant else 1
+
+
+def tf32() -> str:
+    """Which products of float32 are rounded to TF32, as PyTorch has it."""
+    kinds = {"convolutions": torch.backends.cudnn, "matrices": torch.backends.cuda.matmul}
+    return ", ".join(f"{k} {'on' if of.allow_tf32 else 'off'}" for k, of in kinds.items())
 
 
 def step_of(
@@ -79,8 +117,8 @@ def step_of(
     batches: list[Batch],
     dtype: torch.dtype | None,
     compiled: bool,
-) -> Callable[[], object]:
-    """One step of it, with a model of its own."""
+) -> Step:
+    """One step of it, or one interval, with a model of its own."""
     torch.manual_seed(0)
     model: nn.Module = net.build().to(device)
     optimizer = OPTIMIZERS[optimizer_name](model)
@@ -88,36 +126,38 @@ def step_of(
     g_optimizer = Adam(g.parameters(), lr=1e-4)
     if compiled:
         model = torch.compile(model)
-    build = CONTESTANTS[contestant]
-    step = build(model, optimizer, g, g_optimizer)
+    step = CONTESTANTS[contestant](model, optimizer, g, g_optimizer)
 
-    def run() -> object:
-        with torch.autocast(device, dtype) if dtype else nullcontext():
-            return step(*batches)
+    def run() -> None:
+        for _ in range(calls_of(contestant)):
+            with torch.autocast(device, dtype) if dtype else nullcontext():
+                step(*batches)
 
     return run
 
 
-def repeat(step: Callable[[], object], num_times: int) -> None:
-    for _ in range(num_times):
-        step()
+def rows(run: Run) -> Iterator[Callable[[], Row]]:
+    """SGD in bfloat16 and float32, AdamW, then the compiled ones; the small run has some of each."""
+    nets = {name: TINY_NETS[name] for name in CARD_NETS} if run.tiny else CARD_NETS
 
-
-def placed(batch: Batch, device: str) -> Batch:
-    return batch[0].to(device), batch[1].to(device)
-
-
-def rows(device: str, tiny: bool) -> Iterator[Callable[[], Row]]:
-    """The plain step, ours and the peers': float32 and bfloat16, then compiled."""
-    nets = {"conv": TINY_NETS["conv"]} if tiny else CARD_NETS
-    peers = [] if tiny else list(PEERS)
-    limit = 0.1 if tiny else 3.0
-    for dtype in [None] if tiny else [None, torch.bfloat16]:
+    def eager(optimizer_name: str, dtype: torch.dtype | None) -> Iterator[Callable[[], Row]]:
+        known = [peer for peer in PEERS if (peer, optimizer_name) not in UNSUPPORTED]
+        chosen = ["plain", *(OURS if optimizer_name == "sgd" else OURS[:1]), *known]
         for name, net in nets.items():
-            for optimizer_name in ["sgd"] if tiny or dtype else ["sgd", "adamw"]:
-                known = [p for p in peers if (p, optimizer_name) not in UNSUPPORTED]
-                chosen = ["plain", *(OURS[:1] if optimizer_name == "adamw" else OURS), *known]
-                yield partial(cost, device, name, net, optimizer_name, chosen, dtype, False, limit)
-    for name in [] if tiny else ["conv", "vit"]:
-        net, chosen = nets[name], ["plain", "ours, forward"]
-        yield partial(cost, device, name, net, "sgd", chosen, None, True, limit)
+            yield partial(cost, run, name, net, optimizer_name, chosen, dtype, False)
+
+    def compiled(dtype: torch.dtype | None, names: list[str]) -> Iterator[Callable[[], Row]]:
+        for name in names:
+            chosen = ["plain", *OURS[:1]]
+            yield partial(cost, run, name, nets[name], "sgd", chosen, dtype, True)
+
+    first, *others = nets
+    yield from eager("sgd", torch.bfloat16)
+    yield from eager("sgd", None)
+    yield from eager("adamw", torch.bfloat16)
+    yield from compiled(torch.bfloat16, [first])
+    if not run.tiny:
+        yield from compiled(None, [first])
+        yield from compiled(torch.bfloat16, others)
+        yield from compiled(None, others)
+        yield from eager("adamw", None)

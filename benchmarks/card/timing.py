@@ -1,10 +1,36 @@
-"""Seconds and bytes of something that runs on a device."""
+"""Seconds and bytes of something that runs on a device, and how long a stage may go on."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+Step = Callable[[], object]
+
+MOST = 9  # rounds of what takes turns
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage is given.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        tiny: small sizes, a few of each.
+        folder: where Fashion-MNIST is, if not where it is looked for.
+        deadline: when the stage is to have ended, by ``time.monotonic()``.
+    """
+
+    device: str
+    tiny: bool
+    folder: Path | None
+    deadline: float
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
 
 
 def wait_for(device: str) -> None:
@@ -12,7 +38,7 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(step: Callable[[], object], device: str, num_steps: int) -> float:
+def seconds_of(step: Step, device: str, num_steps: int) -> float:
     """Per step, of so many that are given to the device without waiting in between."""
     wait_for(device)
     start = time.perf_counter()
@@ -22,26 +48,62 @@ def seconds_of(step: Callable[[], object], device: str, num_steps: int) -> float
     return (time.perf_counter() - start) / num_steps
 
 
+def warm(
+    builds: Mapping[str, Callable[[], Step]], device: str, until: float
+) -> tuple[dict[str, Step], dict[str, int | None], dict[str, str]]:
+    """Steps that run, warm, what each holds at its peak, and why the others do not run.
+
+    Args:
+        builds: what makes each step, by name; the first has time in any case.
+        device: where they run.
+        until: when to begin with no other, by ``time.monotonic()``.
+    """
+    steps: dict[str, Step] = {}
+    peaks: dict[str, int | None] = {}
+    reasons: dict[str, str] = {}
+    for name, build in builds.items():
+        if steps and time.monotonic() > until:
+            reasons[name] = "no time left"
+            continue
+        try:
+            step = build()
+            step()
+            step()
+            peaks[name] = peak_bytes(step, device)
+        except Exception as error:  # of a compiler or a peer: the others go on
+            reasons[name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        steps[name] = step
+    return steps, peaks, reasons
+
+
 def medians_by_turns(
-    steps: Mapping[str, Callable[[], object]], device: str, limit: float, num_rounds: int = 7
-) -> dict[str, float]:
-    """The median seconds per step of each; all take turns, for about so many seconds in all."""
-    first = {name: seconds_of(step, device, 1) for name, step in steps.items()}
-    first = {name: seconds_of(step, device, 1) for name, step in steps.items()}  # it is warm now
-    share = limit / len(steps) / num_rounds
-    counts = {name: max(1, min(200, int(share / seconds))) for name, seconds in first.items()}
+    steps: Mapping[str, Step], device: str, until: float, most: int
+) -> tuple[dict[str, float], int]:
+    """The median seconds per step of each, and of how many rounds, in which all take turns.
+
+    Args:
+        steps: by name, warm.
+        device: where they run.
+        until: when to begin with no other round but the first, by ``time.monotonic()``.
+        most: rounds.
+    """
+    counts = {}
+    for name, step in steps.items():  # so many that a turn takes 20 ms at least
+        counts[name] = max(1, min(100, int(0.02 / seconds_of(step, device, 1))))
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(num_rounds):
+    for num_rounds in range(1, most + 1):
         for name, step in steps.items():
             found[name].append(seconds_of(step, device, counts[name]))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+        if time.monotonic() > until:
+            break
+    return {name: statistics.median(seconds) for name, seconds in found.items()}, num_rounds
 
 
-def peak_bytes(step: Callable[[], object], device: str) -> int | None:
-    """The most that a step holds above what was there before; None on a CPU."""
+def peak_bytes(step: Step, device: str) -> int | None:
+    """The most that a warm step holds above what was there before; None on a CPU."""
     if device != "cuda":
         return None
-    step()
     wait_for(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
