@@ -144,10 +144,13 @@ def rows_from(command: list[str], deadline: float) -> Iterator[Row | int | None]
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
+        assert process.stdout
+        with process.stdout as output:
+            for line in output:
+                lines.put(line)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         while time.monotonic() < deadline:
             has_ended = process.poll() is not None
@@ -167,6 +170,7 @@ def rows_from(command: list[str], deadline: float) -> Iterator[Row | int | None]
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        reader.join(1.0)  # what has left the group may hold the output for longer
 
 
 def run_stage(stage: str, command: list[str], deadline: float, report: Report) -> None:

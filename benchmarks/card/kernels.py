@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from card.timing import MOST, Run, Step, medians_by_turns, warm
 from cross_entropy import Result, contestants_on, usual_loop
@@ -140,6 +139,8 @@ def times(run: Run, shape: Shape, dtype: torch.dtype, contestants: dict[str, Fun
 
 def compiled_times(run: Run, shape: Shape, dtype: torch.dtype) -> Row:
     """The same beside the compiler, anew: past its limit of recompilations it would run nothing."""
+    from torch._dynamo.utils import counters  # loads the compiler
+
     torch.compiler.reset()
     counters.clear()
     some = {name: contestants_on(run.device)[name] for name in ("usual loop", "ours")}

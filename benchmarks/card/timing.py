@@ -88,13 +88,12 @@ def medians_by_turns(
         until: when to begin with no other round but the first, by ``time.monotonic()``.
         most: rounds.
     """
-    counts = {}
-    for name, step in steps.items():  # so many that a turn takes 20 ms at least
-        counts[name] = max(1, min(100, int(0.02 / seconds_of(step, device, 1))))
     found: dict[str, list[float]] = {name: [] for name in steps}
+    counts = dict.fromkeys(steps, 1)
     for num_rounds in range(1, most + 1):
         for name, step in steps.items():
             found[name].append(seconds_of(step, device, counts[name]))
+            counts[name] = max(1, min(100, int(0.02 / found[name][-1])))  # a turn takes 20 ms
         if time.monotonic() > until:
             break
     return {name: statistics.median(seconds) for name, seconds in found.items()}, num_rounds
