@@ -6,7 +6,7 @@ JSON object a line. Nothing is fetched.
 
     python benchmarks/on_gpu.py --data-dir /usr/share/datasets/fashion-mnist --out rows.jsonl
     python benchmarks/on_gpu.py --stages kernels cost
-    python benchmarks/on_gpu.py --device cpu --tiny     # small sizes, a few of each: a minute or two
+    python benchmarks/on_gpu.py --device cpu --tiny  # small sizes: about a minute
 
 A machine without network needs, beside PyTorch and NumPy, the wheels of torchopt, optree and
 graphviz, and a folder with the four files of Fashion-MNIST, packed or not, for --data-dir. Without
@@ -61,19 +61,19 @@ def measure(stage: str, run: Run, skip: int = 0) -> Iterator[Row]:
     An error that the device does not recover from, such as an illegal memory access, ends the
     process after its row.
     """
-    for row in islice(rows_of(stage, run), skip, None):
-        given = [each for each in getattr(row, "args", ()) if isinstance(each, str | tuple)]
-        case = {"stage": stage, "case": ", ".join(map(str, given))}
+    rows = islice(rows_of(stage, run), skip, None)
+    for row in rows:
         if run.seconds_left() < 0:
-            yield {**case, "outcome": "not reached"}
-            continue
+            left = "; ".join(case_of(each) for each in (row, *rows))
+            yield {"stage": stage, "case": "the rest", "outcome": "not reached", "rows": left}
+            return
         lost = False
         try:
             found = row()
             wait_for(run.device)  # what it has left to the device may fail too
         except Exception as error:  # whatever a card may come up with is what is asked for
             reason = f"{type(error).__name__}: {error}"[:500]
-            found = {**case, "outcome": "error", "reason": reason}
+            found = {"case": case_of(row), "outcome": "error", "reason": reason}
             lost = is_lost(run.device)
         yield {"stage": stage, **found}
         if lost:
@@ -81,6 +81,12 @@ def measure(stage: str, run: Run, skip: int = 0) -> Iterator[Row]:
         gc.collect()
         if run.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def case_of(row: Callable[[], Row]) -> str:
+    """What a measurement is given, as far as it says something."""
+    kinds = str, tuple, torch.dtype, bool
+    return ", ".join(str(each) for each in getattr(row, "args", ()) if isinstance(each, kinds))
 
 
 def is_lost(device: str) -> bool:
@@ -199,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages, or, as one of them, print its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, a few of each")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on one thread")
     parser.add_argument("--stages", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is")
     parser.add_argument("--out", type=Path, help="file of the rows, one JSON object a line")
@@ -214,6 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch finds no card: take --device cpu, or one built for CUDA.")
     if settings.stage:
+        if settings.tiny:
+            torch.set_num_threads(1)
         run = Run(device, settings.tiny, settings.data_dir, settings.until)
         for row in measure(settings.stage, run, settings.skip):
             print(json.dumps(row), flush=True)

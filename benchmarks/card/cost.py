@@ -14,10 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Adam
 
-from card.problems import placed
 from card.timing import MOST, Run, Step, medians_by_turns, warm
 from contestants import CONTESTANTS, UNSUPPORTED
 from msdnet import MSDNet
@@ -53,7 +51,8 @@ def cost(
         torch.compiler.reset()
     limit = float("inf") if compiled or run.tiny else SECONDS[optimizer_name]
     until = min(run.deadline, time.monotonic() + limit)
-    batches = [placed(net.batch(), run.device) for _ in range(2)]
+    with torch.device(run.device):
+        batches = [net.batch() for _ in range(2)]
     if dtype is None and not run.tiny:
         batches = [(x[: len(x) // PART], y[: len(y) // PART]) for x, y in batches]
     builds = {
@@ -120,12 +119,12 @@ def step_of(
 ) -> Step:
     """One step of it, or one interval, with a model of its own."""
     torch.manual_seed(0)
-    model: nn.Module = net.build().to(device)
+    with torch.device(device):  # where the parameters are drawn in no time
+        model, g = net.build(), SampleReweighter(net.num_exits)
     optimizer = OPTIMIZERS[optimizer_name](model)
-    g = SampleReweighter(net.num_exits).to(device)
     g_optimizer = Adam(g.parameters(), lr=1e-4)
     if compiled:
-        model = torch.compile(model)
+        model = torch.compile(model)  # type: ignore[assignment]
     step = CONTESTANTS[contestant](model, optimizer, g, g_optimizer)
 
     def run() -> None:
@@ -137,7 +136,7 @@ def step_of(
 
 
 def rows(run: Run) -> Iterator[Callable[[], Row]]:
-    """SGD in bfloat16 and float32, AdamW, then the compiled ones; the small run has some of each."""
+    """SGD in bfloat16 and float32, AdamW, the compiled ones; the small run has some of each."""
     nets = {name: TINY_NETS[name] for name in CARD_NETS} if run.tiny else CARD_NETS
 
     def eager(optimizer_name: str, dtype: torch.dtype | None) -> Iterator[Callable[[], Row]]:

@@ -199,7 +199,7 @@ def waits_seen(device: str) -> Iterator[Sites]:
     sites: Sites = Counter()
 
     def note(message: Warning | str, *_: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):
             frames = [f for f in traceback.extract_stack() if "/reweight/" in f.filename]
             last = frames[-1] if frames else traceback.extract_stack()[-2]
             sites[f"{last.filename.rpartition('/')[2]}:{last.lineno}"] += 1

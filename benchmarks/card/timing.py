@@ -30,6 +30,7 @@ class Run:
     deadline: float
 
     def seconds_left(self) -> float:
+        """Negative after the deadline."""
         return self.deadline - time.monotonic()
 
 
@@ -90,12 +91,13 @@ def medians_by_turns(
     """
     found: dict[str, list[float]] = {name: [] for name in steps}
     counts = dict.fromkeys(steps, 1)
-    for num_rounds in range(1, most + 1):
+    for _ in range(most):
         for name, step in steps.items():
             found[name].append(seconds_of(step, device, counts[name]))
             counts[name] = max(1, min(100, int(0.02 / found[name][-1])))  # a turn takes 20 ms
         if time.monotonic() > until:
             break
+    num_rounds = min(map(len, found.values()))
     return {name: statistics.median(seconds) for name, seconds in found.items()}, num_rounds
 
 
