@@ -6,7 +6,7 @@ JSON object a line. Nothing is fetched.
 
     python benchmarks/on_gpu.py --data-dir /usr/share/datasets/fashion-mnist --out rows.jsonl
     python benchmarks/on_gpu.py --stages kernels cost
-    python benchmarks/on_gpu.py --device cpu --tiny  # small sizes: about a minute
+    python benchmarks/on_gpu.py --device cpu --tiny  # small sizes: some two minutes
 
 A machine without network needs, beside PyTorch and NumPy, the wheels of torchopt, optree and
 graphviz, and a folder with the four files of Fashion-MNIST, packed or not, for --data-dir. Without
@@ -223,8 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
         if settings.tiny:
             torch.set_num_threads(1)
         run = Run(device, settings.tiny, settings.data_dir, settings.until)
-        for row in measure(settings.stage, run, settings.skip):
-            print(json.dumps(row), flush=True)
+        try:
+            for row in measure(settings.stage, run, settings.skip):
+                print(json.dumps(row), flush=True)
+        except SystemExit:  # what is left on a device that is lost may fail to be given back
+            os._exit(AGAIN)
         return
     command = [sys.executable, "-W", "ignore", __file__, "--device", device]
     command += ["--tiny"] if settings.tiny else []

@@ -2,8 +2,9 @@
 
 Sizes are chosen by the work of a plain step: 1.9, 0.2, 4.3 and 2.3 TFLOP of conv, MSDNet, ViT and
 language model, 10 to 20 ms in bfloat16 on an H200 (MSDNet's are its 900 launches), and a quarter
-of the samples in float32, whose products are ten times slower. A row's contestants take about 105
-plain steps to warm up and to be weighed, and 42 a round: 2 s and 1 s.
+of the samples in float32, whose products are ten times slower. A row's contestants take about 125
+plain steps to warm up and to be weighed, and 40 a round: 2.5 s and 0.8 s. Twelve rows of that, and
+what the compiler makes in the rest of the time, conv and ViT first.
 """
 
 import logging

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import reweight
 from card.problems import (
     CELLS,
     NETS,
@@ -39,6 +41,8 @@ from reweight import MetaReweightStep, SampleReweighter
 
 Row = dict[str, Any]
 Sites = Counter[str]
+
+PACKAGE = str(Path(reweight.__file__).parent)
 
 # About ten times what products are rounded by, 2^-8 or 2^-11; in float32 a unit of ReLU that
 # another order of sums turns is more than all rounding: 2e-5 of a net's hypergradient here.
@@ -200,8 +204,8 @@ def waits_seen(device: str) -> Iterator[Sites]:
 
     def note(message: Warning | str, *_: Any) -> None:
         if "called a synchronizing" in str(message):
-            frames = [f for f in traceback.extract_stack() if "/reweight/" in f.filename]
-            last = frames[-1] if frames else traceback.extract_stack()[-2]
+            frames = traceback.extract_stack()[:-1]
+            last = ([f for f in frames if f.filename.startswith(PACKAGE)] or frames)[-1]
             sites[f"{last.filename.rpartition('/')[2]}:{last.lineno}"] += 1
 
     with warnings.catch_warnings():
