@@ -15,7 +15,6 @@ the files the last stage is one row, an error that names the option. higher and 
 """
 
 import argparse
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -78,9 +77,6 @@ def measure(stage: str, run: Run, skip: int = 0) -> Iterator[Row]:
         yield {"stage": stage, **found}
         if lost:
             raise SystemExit(AGAIN)
-        gc.collect()
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def case_of(row: Callable[[], Row]) -> str:

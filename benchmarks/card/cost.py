@@ -7,6 +7,7 @@ plain steps to warm up and to be weighed, and 40 a round: 2.5 s and 0.8 s. Twelv
 what the compiler makes in the rest of the time, conv and ViT first.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ def cost(
     compiled: bool,
 ) -> Row:
     """Time and memory of each contestant over the plain step's, in one run."""
+    gc.collect()  # what the row before has left on the device
+    if run.device == "cuda":
+        torch.cuda.empty_cache()
     if compiled:
         torch.compiler.reset()
     limit = float("inf") if compiled or run.tiny else SECONDS[optimizer_name]
