@@ -219,12 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
         if settings.tiny:
             torch.set_num_threads(1)
         run = Run(device, settings.tiny, settings.data_dir, settings.until)
+        code = 0
         try:
             for row in measure(settings.stage, run, settings.skip):
                 print(json.dumps(row), flush=True)
-        except SystemExit:  # what is left on a device that is lost may fail to be given back
-            os._exit(AGAIN)
-        return
+        except SystemExit:
+            code = AGAIN
+        os._exit(code)  # compilers take seconds to end, and a device that is lost may never do so
     command = [sys.executable, "-W", "ignore", __file__, "--device", device]
     command += ["--tiny"] if settings.tiny else []
     command += ["--data-dir", str(settings.data_dir)] if settings.data_dir else []
