@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -111,6 +112,23 @@ def again_if_need_be(method: Method) -> Method:
     return run  # type: ignore[return-value]
 
 
+class _Traced(TangentsWithGradients):
+    """The same, where the compiler would stumble."""
+
+    def __torch_function__(
+        self, func: Any, classes: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the function."""
+        if func is Tensor.unflatten:  # of which it does not know what is called in there
+            func = torch.unflatten
+        result = super().__torch_function__(func, classes, args, kwargs)
+        if func is F.batch_norm:  # whose tangent it takes for float32 if the weight is
+            value, tangent = forward_ad.unpack_dual(result)
+            if tangent is not None and tangent.dtype != value.dtype:
+                result = forward_ad.make_dual(value, tangent.to(value.dtype))
+        return result
+
+
 def _forward(model: nn.Module, inputs: Any) -> tuple[Any, bool]:
     """The outputs, and whether they are compiled code's."""
     return call(model, inputs), torch.compiler.is_compiling()
@@ -120,7 +138,7 @@ def _forward_mode(
     model: nn.Module, state: dict[str, Tensor], tangents: dict[str, Tensor], inputs: Any
 ) -> tuple[list[tuple[Any, Any]], Any, bool]:
     """The outputs with their tangents, what they are the leaves of, and as above."""
-    with TangentsWithGradients():  # of the dual level that is there
+    with _Traced():  # of the dual level that is there
         duals = {n: forward_ad.make_dual(state[n], tangents[n]) for n in tangents}
         outputs = call(
             lambda *args, **kwargs: functional_call(
