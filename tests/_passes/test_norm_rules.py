@@ -13,7 +13,7 @@ load_forward_mode()
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("moving", [True, False])
-def test_a_known_value_is_given_back_if_the_affine_part_moves(moving: bool, dtype) -> None:
+def test_a_known_value_is_given_back(moving: bool, dtype) -> None:
     x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((6, 3, 4), (4,), (4,)))
     value = F.layer_norm(x, (4,), weight, bias)
     with forward_ad.dual_level():
@@ -23,7 +23,7 @@ def test_a_known_value_is_given_back_if_the_affine_part_moves(moving: bool, dtyp
             forward_ad.unpack_dual(layer_norm(known, duals[0], (4,), *affine))
             for known in (value, None)
         )
-    assert (found.primal.data_ptr() == value.data_ptr()) == moving
+    assert found.primal.data_ptr() == value.data_ptr()
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
