@@ -18,12 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from reweight._passes.attention import (
-    attention_layer,
-    in_plain_operations,
-    no_fast_path,
-    plain_attention,
-)
+from reweight._passes.attention import attention_layer, in_plain_operations, no_fast_path
 from reweight._passes.custom_functions import applied_by, scripts_called_by
 from reweight._passes.deferred import Deferred
 from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PUT_OFF, VIEWS
@@ -152,7 +147,6 @@ class _ForwardMode(TangentsWithGradients):
         known = self.deferred if waits else None
         return completed(known, tangent, [x, factors], lambda: factors.mul(x))
 
-    @plain_attention()
     def apply(self, function: Any, apply: Callable[..., Any], args: Any) -> Any:
         """Apply a custom Function to dual numbers."""
         self.deferred.fill(tensors_in(args))

@@ -164,15 +164,15 @@ def attention(
     )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     zero = q.new_empty(())  # which beta = 0 leaves out
-    with torch._C._DisableAutocast():
-        scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
+    with torch._C._DisableAutocast():  # three matrices of shares at a time, not more
+        shares = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
         if is_causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores.masked_fill_(later, -torch.inf)
-        shares = _shares(scores.view(*batch, *scores.shape[-2:]), attn_mask).view_as(scores)
-        slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor)
-        slope.baddbmm_(q, dk.mT, alpha=factor)
-        change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
+            later = torch.ones(shares.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            shares.masked_fill_(later, -torch.inf)
+        shares = _shares(shares.view(*batch, *shares.shape[-2:]), attn_mask).view_as(shares)
+        change = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor)
+        change.baddbmm_(q, dk.mT, alpha=factor)
+        change = aten._softmax_backward_data(change, shares, -1, shares.dtype)
         tangent = (change @ v).baddbmm_(shares, dv)
     return fitting(mixed, tangent.view(mixed.shape).to(mixed.dtype))
 
