@@ -96,26 +96,21 @@ class Fused(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_passes_without_tangents_are_fused(name: str, dtype, lean: bool, all_is_large) -> None:
-    """And so is each value of the other; the counted forwards are warmed up by one of ``outcome``.
-
-    In bfloat16 it is autocast's.
-    """
+    """And so are the values of the pass with tangents. bfloat16 is autocast's."""
     low = dtype is torch.bfloat16
     autocast = torch.autocast("cpu", dtype) if low else nullcontext()
-    model, train, meta = of(Attention("grouped" in name, **CALLS[name]), 32, torch.float32)
-    model, train, meta = (
-        model.to(torch.float32 if low else dtype),
-        *((x.to(torch.float32 if low else dtype), y) for x, y in (train, meta)),
-    )
+    layer = Attention("grouped" in name, **CALLS[name])
+    model, train, meta = of(layer, 32, torch.float32 if low else dtype)
     with autocast, Fused() as plain:
         model(train[0])[0].sum().backward()
-    assert plain.forward == plain.backward == 1
+    assert plain.forward == plain.backward
+    assert plain.forward or "grouped" in name  # which PyTorch 2.6 does not fuse on the CPU
     model.zero_grad()
     with autocast, Fused() as fused:
         outcome(model, train, meta, lean=lean)
     # Warm-up, train and meta batch; a lean step runs the train batch again, and knows no values.
-    assert fused.forward == 1 + 2 + 2 * lean
-    assert fused.backward == 3  # the step ahead, the meta loss, and the step
+    assert fused.forward == (1 + 2 + 2 * lean) * plain.forward
+    assert fused.backward == 3 * plain.backward  # the step ahead, the meta loss, and the step
 
 
 class Chosen(Attention):
