@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from reweight._passes.attention import plain_attention
 from reweight._passes.forward import call
-from reweight._passes.forward_mode import plain_attention
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

@@ -192,7 +192,8 @@ class MetaReweightStep:
         spare = cache.take(train, self._forward.spare(train))
         forward = partial(self._forward, beginning=beginning)
         try:
-            with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
+            attention = self._estimator.attention(beginning, due and self._forward.compiled is None)
+            with attention, joined(self._group), begin_anew(self._inner):
                 within = self._estimator.within(cache) if due and not lean else None
                 batch = self._forward.spare(train) if due and lean else train
                 losses = forward(*batch, within=within, wrapped=not unsettled)
@@ -251,7 +252,8 @@ class MetaReweightStep:
             return losses, self._learner.weights(losses, update), update
 
         try:
-            with self._estimator.attention(), joined(self._group), begin_anew(self._inner):
+            attention = self._estimator.attention(beginning, self._forward.compiled is None)
+            with attention, joined(self._group), begin_anew(self._inner):
                 learnt = self._forward.at({}, beginning.buffers, *train, learn, within=cache)
         finally:
             beginning.replay()

@@ -23,15 +23,13 @@ from reweight._checks import check_choice, noted
 from reweight._meta.consistency import SEVERAL, Check, both_ways
 from reweight._meta.problem import Hypergradient, Known, MetaProblem, dense, leaves
 from reweight._optimizers.accepted import Parameters, PseudoUpdate
+from reweight._passes.attention import PlainDropout, plain_attention
 from reweight._passes.differences import DifferenceWatch, differ
-from reweight._passes.forward_mode import (
-    load_forward_mode,
-    plain_attention,
-    tangents_follow_gradients,
-)
+from reweight._passes.forward_mode import load_forward_mode, tangents_follow_gradients
 from reweight._passes.hooks import through_hooks
 from reweight._passes.ladder import Ladder, NotCompiledError
 from reweight._passes.primal_cache import PrimalCache
+from reweight._passes.snapshots import Beginning
 from reweight._ranks.collectives import sums_over_ranks
 from reweight._ranks.shards import sharded_modules, whole
 from reweight.losses import ExitLosses
@@ -237,9 +235,15 @@ class Estimator:
         """The same one, that has seen nothing yet."""
         return Estimator(self._given, may_unroll=self._may_unroll)
 
-    def attention(self) -> AbstractContextManager[None]:
-        """How attention runs in the passes of a step: fused kernels have no double backward."""
-        return plain_attention() if self.name == "unrolled" else nullcontext()
+    def attention(self, beginning: Beginning, is_replayed: bool) -> AbstractContextManager[Any]:
+        """How attention runs in the passes of a step, of which forward mode may replay the first.
+
+        Fused kernels have no double backward, and their dropout is not that of forward mode.
+        """
+        if self.name == "unrolled":
+            return plain_attention()
+        is_replayed = is_replayed and self.name != "finite_difference"
+        return PlainDropout.on(beginning.devices) if is_replayed else nullcontext()
 
     def _remedy(self) -> str:
         """What to use in the place of finite differences, but for what was refused."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from reweight._passes.attention import plain_attention
 from reweight._passes.forward import call
-from reweight._passes.forward_mode import TangentsWithGradients, plain_attention
+from reweight._passes.forward_mode import TangentsWithGradients
 from reweight._passes.functional import run_with
 from reweight._passes.hooks import HookChangesError
 from reweight._passes.ladder import NotCompiledError

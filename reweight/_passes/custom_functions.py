@@ -18,6 +18,7 @@ from torch.autograd.function import (
 )
 from torch.utils._pytree import tree_map
 
+from reweight._passes.attention import plain_attention
 from reweight._passes.memory import tensors_in
 from reweight._passes.operations import dual, have_tangents, is_continuous, unpack
 from reweight._passes.random_state import RandomState
@@ -68,7 +69,7 @@ def scripts_called_by(look: Callable[[list[Tensor]], None]) -> Iterator[None]:
         return run
 
     for kind, call in zip(kinds, calls, strict=True):
-        kind.__call__ = looked_at(call)
+        kind.__call__ = looked_at(plain_attention()(call))
     try:
         yield
     finally:

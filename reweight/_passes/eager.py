@@ -1,13 +1,11 @@
 """What PyTorch would compile or run backward in a way of its own, run as the user wrote it."""
 
 import importlib
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 
@@ -54,11 +52,3 @@ def _cond(
     operands: Sequence[Any],
 ) -> Any:
     return (true_fn if condition else false_fn)(*operands)
-
-
-attention_layer = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-"""PyTorch's own, but as a mode sees it: the functions that it calls, instead of the whole."""

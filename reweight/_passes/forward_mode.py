@@ -16,12 +16,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from reweight._passes.attention import attention_layer, in_plain_operations, no_fast_path
 from reweight._passes.custom_functions import applied_by, scripts_called_by
 from reweight._passes.deferred import Deferred
-from reweight._passes.eager import attention_layer
 from reweight._passes.fast_rules import FAST_RULES, OF_KNOWN, OF_TANGENTS, PUT_OFF, VIEWS
 from reweight._passes.ladder import GRADIENTS, Ladder
 from reweight._passes.memory import is_large, is_plain, memory_of, tensors_in
@@ -99,7 +98,7 @@ class _ForwardMode(TangentsWithGradients):
                 result = self._by_rule(func, args, kwargs, call)
             if result is not None:
                 return result
-            result = func(*args, **kwargs)
+            result = _WITHOUT_RULE.get(func, func)(*args, **kwargs)
         except Exception as error:
             self._ladder.descend(func, args, kwargs, error)
         if type(func) not in _OWN_KINDS:
@@ -176,6 +175,7 @@ class _ForwardMode(TangentsWithGradients):
             return attention_layer(*args, **kwargs)
 
 
+_WITHOUT_RULE = {F.scaled_dot_product_attention: in_plain_operations}
 _OTHER_RULES = {func: rule for func, rule in RULES.items() if func not in FAST_RULES}
 _OWN_KINDS = {
     types.FunctionType,
@@ -201,24 +201,12 @@ def _is_small_layer(input: Tensor, weight: Tensor, *_: Tensor) -> bool:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as plain operations: fused kernels have no forward mode and no double backward."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextmanager
 def tangents_follow_gradients(cache: PrimalCache, ladder: Ladder) -> Iterator[None]:
-    """For forwards with dual numbers: plain attention, no tangent through ``torch.no_grad``."""
+    """For forwards with dual numbers: no tangent through ``torch.no_grad``."""
     cache = cache if ladder.recalls and not ladder.needs_graph else PrimalCache()
     mode = _ForwardMode(cache, ladder)
     deferred = mode.deferred
-    with plain_attention(), mode, applied_by(mode.apply), scripts_called_by(deferred.fill):
+    with no_fast_path(), mode, applied_by(mode.apply), scripts_called_by(deferred.fill):
         yield
         deferred.fill_all()
 

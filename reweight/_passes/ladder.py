@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
+from reweight._passes.attention import plain_attention
 from reweight._passes.operations import (
     NoDerivativeError,
     by_backward,
@@ -208,6 +209,7 @@ class Ladder:
         self.needs_graph = True
         raise _Restart
 
+    @plain_attention()
     def _call(self, key: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, rung = tree_leaves((args, kwargs)), self._rungs[key]
         if not have_tangents(leaves):

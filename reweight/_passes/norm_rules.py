@@ -10,12 +10,11 @@ symmetric for each sample, and so is the softmax of attention.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reweight._passes.deferred import Deferred
 from reweight._passes.operations import dual, unpack
@@ -49,6 +48,11 @@ def fitting(value: Tensor, tangent: Tensor) -> Tensor | None:
     if value.stride() != tangent.stride():  # PyTorch would fill it with zeros first
         tangent = torch.empty_like(value).copy_(tangent)
     return dual(value, tangent)
+
+
+def widened(tensor: Any) -> Any:
+    """The same in float32, if it is in less, so that only the result is rounded."""
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def batch_norm(
@@ -94,18 +98,23 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """The same, with statistics of each sample: ẏ = γ·(∂x̂/∂x)ᵀ·ẋ + γ̇·x̂ + β̇."""
-    # The kernels take two dtypes, as autocast gives them, forward but not backward.
-    if any(each is not None and each.dtype != input.dtype for each in (weight, bias, known)):
-        return None
     (x, dx), (weight, dweight), (bias, dbias) = map(unpack, (input, weight, bias))
     if dx is None or (dweight is None) != (dbias is None):
         return None
-    shape, x = list(normalized_shape), x.contiguous()  # or each kernel does so
-    value, affine = known, None
+    shape, value, affine = list(normalized_shape), known, None
+    mixed = any(each is not None and each.dtype != x.dtype for each in (weight, bias, known))
+    if mixed or torch.is_autocast_enabled(x.device.type):
+        # The dtype of the value is for autocast to choose; the kernels take two of them forward,
+        # but not backward.
+        if value is None:
+            value = F.layer_norm(x, shape, weight, bias, eps)
+        x, dx, weight, dweight, bias, dbias = map(widened, (x, dx, weight, dweight, bias, dbias))
+    x = x.contiguous()  # or each kernel does so
     if dweight is not None:  # which gives the statistics too
         affine, mean, inverse = torch.native_layer_norm(x, shape, dweight, dbias, eps)
     if value is None or affine is None:
-        value, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        plain, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        value = plain if value is None else value
     tangent = aten.native_layer_norm_backward(
         dx, x, shape, mean, inverse, None, None, [True, False, False]
     )[0]
@@ -113,7 +122,7 @@ def layer_norm(
         tangent = affine.add_(tangent) if weight is None else affine.addcmul_(tangent, weight)
     elif weight is not None:
         tangent *= weight
-    return fitting(value, tangent)
+    return fitting(value, tangent.to(value.dtype))
 
 
 def attention(
@@ -127,28 +136,23 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """P·v with P = softmax(s·q·kᵀ + mask), whose tangent is its backward: it is symmetric too.
+    """P·v with P = softmax(s·q·kᵀ + mask), whose derivative is symmetric, as its backward is.
 
-    Its value stays that of the fused kernel, whose dropout draws in a way of its own: with dropout
-    all is left to plain operations.
+    The value is the fused kernel's; with dropout there is none to be had of the same mask.
     """
     (q, dq), (k, dk), (v, dv) = map(unpack, (query, key, value))
-    plain = not dropout_p and not torch.is_autocast_enabled(query.device.type)
-    if attn_mask is not None:
-        plain = plain and not attn_mask.requires_grad and unpack(attn_mask)[1] is None
-    if not plain or dq is None or dk is None or dv is None:
-        with sdpa_kernel(SDPBackend.MATH):  # whatever the model has chosen
-            return F.scaled_dot_product_attention(
-                *(query, key, value, attn_mask, dropout_p, is_causal),
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+    if dropout_p or unpack(attn_mask)[1] is not None or dq is None or dk is None or dv is None:
+        return None
     mixed = known
     if mixed is None:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            mixed = F.scaled_dot_product_attention(
-                *(q, k, v, attn_mask), is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        mixed = F.scaled_dot_product_attention(
+            *(q, k, v, attn_mask), is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if torch.is_autocast_enabled(q.device.type):  # which has rounded what the kernel got
+        q, k, v = (each.to(mixed.dtype) for each in (q, k, v))
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(mixed.dtype)
+    q, dq, k, dk, v, dv = map(widened, (q, dq, k, dk, v, dv))
     if enable_gqa:  # several heads of queries share one of keys and values
         k, dk, v, dv = (
             each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, dk, v, dv)
@@ -160,15 +164,17 @@ def attention(
     )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     zero = q.new_empty(())  # which beta = 0 leaves out
-    scores = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(later, -torch.inf)
-    shares = _shares(scores.view(*batch, *scores.shape[-2:]), attn_mask).view_as(scores)
-    slope = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor).baddbmm_(q, dk.mT, alpha=factor)
-    change = aten._softmax_backward_data(slope, shares, -1, shares.dtype)
-    tangent = (change @ v).baddbmm_(shares, dv)
-    return fitting(mixed, tangent.view(mixed.shape))
+    with torch._C._DisableAutocast():  # three matrices of shares at a time, not more
+        shares = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
+        if is_causal:
+            later = torch.ones(shares.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            shares.masked_fill_(later, -torch.inf)
+        shares = _shares(shares.view(*batch, *shares.shape[-2:]), attn_mask).view_as(shares)
+        change = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor)
+        change.baddbmm_(q, dk.mT, alpha=factor)
+        change = aten._softmax_backward_data(change, shares, -1, shares.dtype)
+        tangent = (change @ v).baddbmm_(shares, dv)
+    return fitting(mixed, tangent.view(mixed.shape).to(mixed.dtype))
 
 
 def _shares(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from reweight._passes.eager import attention_layer
+from reweight._passes.attention import attention_layer
 from reweight._passes.fast_rules import RECALLED
 from reweight._passes.memory import Tokens, Trace, is_large, is_plain, memory_of, tensors_in
 from reweight._structure import structure_of

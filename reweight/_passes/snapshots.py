@@ -27,13 +27,14 @@ class Beginning:
 
     Attributes:
         buffers: copies, by name.
+        devices: those of the parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
         structure = structure_of(model)
         buffers = structure.buffers
-        devices = {parameter.device for parameter in structure.parameters.values()}
-        self._random_state = RandomState(devices, ())
+        self.devices = {parameter.device for parameter in structure.parameters.values()}
+        self._random_state = RandomState(self.devices, ())
         self.buffers = clones(buffers)
         self._places = [
             (members, key, buffers[name], self.buffers[name])

@@ -15,7 +15,8 @@ from reweight._passes import forward_mode
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm", "nn.TransformerEncoderLayer, fused"])
-def test_models_get_the_rules(name: str, monkeypatch) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_models_get_the_rules(name: str, autocast: bool, monkeypatch) -> None:
     found: list[bool] = []
 
     def observed(rule):
@@ -28,8 +29,9 @@ def test_models_get_the_rules(name: str, monkeypatch) -> None:
 
     for func in (F.batch_norm, F.layer_norm, F.scaled_dot_product_attention, F.linear):
         monkeypatch.setitem(forward_mode.FAST_RULES, func, observed(forward_mode.FAST_RULES[func]))
-    model, _, train, meta = set_up(ROWS[name])
-    outcome(model, train, meta)
+    model, _, train, meta = set_up(ROWS[name], torch.float32 if autocast else torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        outcome(model, train, meta)
     assert found
     assert all(found)
 
