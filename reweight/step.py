@@ -41,9 +41,8 @@ class MetaReweightStep:
     alone and replay the random state: with weights of 1 training is bitwise as without.
 
     Args:
-        model: returns the logits of K exits, see :func:`exit_cross_entropy` for the forms. In
-            ``DistributedDataParallel`` or sharded by ``fully_shard`` the step is that of the
-            batches of all ranks joined.
+        model: returns the logits of K exits, in a form of :func:`exit_cross_entropy`. In
+            ``DistributedDataParallel`` or ``fully_shard`` the step is that of all batches joined.
         optimizer: one or several, of any class of torch.optim's form or of torchopt, of the model's
             parameters; read at every step, never changed. A class without a rule here has its own
             ``step`` recorded, and verified at its first use. A bare gradient transformation of
@@ -201,9 +200,8 @@ class MetaReweightStep:
                 shares = losses.sample_shares()
                 grads = gradients_of(moved, copy=lagged)  # whose backward has added to them by then
                 grads = self._lookahead.beside(grads, losses, moved, scale)
-                factors = shares if type(scale) is float and scale == 1 else scale * shares
-                parts = spare, beginning, losses, cache, moved, grads, factors, not lean
-                first = FirstForward(*parts)
+                parts = losses, cache, moved, grads, scale * shares, not lean
+                first = FirstForward(spare, beginning, *parts)
                 if waiting is not None:
                     update = self._update(waiting, losses)
                 if due and not lagged and meta is not None:
@@ -212,9 +210,8 @@ class MetaReweightStep:
                         beginning.restore()
                         losses = forward(*train)._replace(features=losses.features)
                 weights = self._learner.weights(losses, update)
-                keep = lagged and not lean  # the graph, for its values, not for another backward
                 with self._hooks.watched(was_left_out=update is not None and not lagged):
-                    self._lookahead.backward(losses, factors * weights, scale, keep=keep)
+                    self._lookahead.backward(first, losses, weights, scale, lagged and not lean)
                 if lagged:
                     grads = gradients_of(moved, average=not averages(self.model))
                     first = first._replace(gradients=grads)

@@ -43,24 +43,25 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         if name in known.accumulated:  # which is no part of the gradient of L_tr
             before = problem.unscaled(known.accumulated[name])
             pairs[-share, tangent.device].append((local(tangent), local(before)))
-    dots, lengths = list[Tensor](), [list[Tensor](), list[Tensor]()]
+    dots, lengths = list[Tensor](), (list[Tensor](), list[Tensor]())
     for (share, _), each in pairs.items():
         for dot, *of_both in _groups(each):
             dots.append(dot.to(value) if share == 1 else share * dot.to(value))
             for length, found in zip(of_both, lengths, strict=True):
                 found.append(length.to(value))
+    for found in (dots, *lengths):
+        found += [] if found else [value.new_zeros(())]
     terms, factors = known.weights * value, problem.first.sample_shares * known.weights
     all_of_it, loss, size = torch._foreach_norm(
         [factors, factors * problem.first.losses.losses, terms], 1
     )
-    # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1.
-    by_heart, tiny = 8 * problem.precision ** (2 / 3), torch.finfo(value.dtype).tiny
-    doubt = by_heart * all_of_it / loss.clamp(min=tiny)
-    sizes = [size * doubt.clamp(1, by_heart / problem.precision)]
-    if dots:
-        # Where v is large the gradient may be small, as at Adam's first step, and all rounding.
-        both = _norm(lengths[0]) * _norm(lengths[1])
-        sizes += _norm(dots, 1), both * problem.precision ** (1 / 3)
+    # Where a batch is known by heart its loss and gradient are the rounding of 1 − 1. Where v is
+    # large the gradient may be small, as at Adam's first step, and all rounding.
+    by_heart, precision = 8 * problem.precision ** (2 / 3), problem.precision
+    both = _norm(lengths[0]) * _norm(lengths[1])
+    all_of_it, rounding = torch._foreach_mul([all_of_it, both], [by_heart, precision ** (1 / 3)])
+    doubt = all_of_it / loss.clamp(min=torch.finfo(value.dtype).tiny)
+    sizes = [size * doubt.clamp(1, by_heart / precision), _norm(dots, 1), rounding]
     difference = terms.sum() - (dots[0] if len(dots) == 1 else sum(dots))
     return torch.stack([difference, _norm(sizes, torch.inf)])
 

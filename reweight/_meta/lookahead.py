@@ -134,9 +134,15 @@ class Lookahead:
         return {**accumulated, **both}
 
     def backward(
-        self, losses: ExitLosses, factors: Tensor, scale: float | Tensor, *, keep: bool
+        self,
+        first: FirstForward,
+        losses: ExitLosses,
+        weights: Tensor,
+        scale: float | Tensor,
+        keep: bool,
     ) -> None:
-        """The gradient of L_tr into ``.grad``, with these factors of the losses."""
+        """The gradient of L_tr into ``.grad``; the graph is kept for its values, if it is."""
+        factors = first.sample_shares * weights
         if num_ranks() > 1:  # whose gradients DistributedDataParallel averages
             factors = num_ranks() * factors
         outputs, cotangents = [losses.losses], [self.scaled(factors)]

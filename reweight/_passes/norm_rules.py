@@ -9,6 +9,7 @@ with γ̇ and β̇ for the others, which gives the statistics as well. LayerNorm
 symmetric for each sample, and so is the softmax of attention.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -158,23 +159,38 @@ def attention(
             each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, dk, v, dv)
         )
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    q, dq, k, dk, v, dv = (
-        each.expand(*batch, *each.shape[-2:]).reshape(-1, *each.shape[-2:])
-        for each in (q, dq, k, dk, v, dv)
-    )
+    q, dq, k, dk, v, dv = _matrices([q, dq, k, dk, v, dv], batch)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     zero = q.new_empty(())  # which beta = 0 leaves out
     with torch._C._DisableAutocast():  # three matrices of shares at a time, not more
         shares = torch.baddbmm(zero, q, k.mT, beta=0, alpha=factor)
         if is_causal:
-            later = torch.ones(shares.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            shares.masked_fill_(later, -torch.inf)
+            shares.masked_fill_(_later(shares.shape[-2:], q.device), -torch.inf)
         shares = _shares(shares.view(*batch, *shares.shape[-2:]), attn_mask).view_as(shares)
         change = torch.baddbmm(zero, dq, k.mT, beta=0, alpha=factor)
         change.baddbmm_(q, dk.mT, alpha=factor)
         change = aten._softmax_backward_data(change, shares, -1, shares.dtype)
         tangent = (change @ v).baddbmm_(shares, dv)
     return fitting(mixed, tangent.view(mixed.shape).to(mixed.dtype))
+
+
+def _matrices(tensors: Sequence[Tensor], batch: Sequence[int]) -> Sequence[Tensor]:
+    """Of each [..., T, D] the matrices of the batch, [N, T, D]; one operation copies them all."""
+    whole = [each.expand(*batch, *each.shape[-2:]) for each in tensors]
+    if len({each.shape for each in whole}) == 1 and not any(map(_lies_in_a_row, whole)):
+        return torch.stack(whole).flatten(1, -3).unbind()
+    return [each.reshape(-1, *each.shape[-2:]) for each in whole]
+
+
+def _lies_in_a_row(matrices: Tensor) -> bool:
+    """Whether those of the batch are equally far apart."""
+    sizes, strides = matrices.shape[:-2], matrices.stride()
+    return all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
+
+
+@functools.lru_cache(maxsize=1)  # for all layers
+def _later(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=device).triu(1)
 
 
 def _shares(scores: Tensor, mask: Tensor | None) -> Tensor:
