@@ -6,7 +6,6 @@ from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Place(NamedTuple):
@@ -37,14 +36,12 @@ class Structure(NamedTuple):
         parameters: by name, each once.
         buffers: likewise.
         held: what the places below are made of.
-        counts: the buffers in which a BatchNorm counts its batches.
     """
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     held: "list[_Held]"
-    counts: set[str]
 
     @property
     def places(self) -> list[Place]:
@@ -81,7 +78,6 @@ class _Kept:
         self._is_none = list(map(is_, members, repeat(None)))
         self._held: list[_Held] = []
         self._found: dict[str, dict[str, int]] = {"_parameters": {}, "_buffers": {}}
-        self._counts: set[str] = set()
         first: dict[int, str] = {}
         number = 0  # of the member
         for i, (prefix, module) in enumerate(named):
@@ -92,8 +88,6 @@ class _Kept:
                         name = first.setdefault(id(member), path)
                         self._held.append((i, kind, key, path, name))
                         self._found[kind][name] = number
-                        if key == "num_batches_tracked" and isinstance(module, _BatchNorm):
-                            self._counts.add(name)
                     number += 1
 
     def structure(self) -> Structure | None:
@@ -111,7 +105,7 @@ class _Kept:
             {name: members[number] for name, number in numbers.items()}
             for numbers in self._found.values()
         )
-        return Structure(modules, parameters, buffers, self._held, self._counts)
+        return Structure(modules, parameters, buffers, self._held)
 
 
 _PARTS = "_modules", "_parameters", "_buffers"

@@ -31,6 +31,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
         direction: v, by name.
         value: ∂L_meta/∂w, shape [B, K].
     """
+    value = value.to(torch.promote_types(value.dtype, torch.float32))  # sums of many
     # Of v and gradient, by share and device.
     pairs, ranks = defaultdict[Any, list[tuple[Tensor, Tensor]]](list), num_ranks()
     for name, tangent in direction.items():
@@ -51,7 +52,7 @@ def both_ways(problem: MetaProblem, known: Known, direction: Parameters, value: 
                 found.append(length.to(value))
     for found in (dots, *lengths):
         found += [] if found else [value.new_zeros(())]
-    terms, factors = known.weights * value, problem.first.sample_shares * known.weights
+    terms, factors = known.weights * value, (problem.first.sample_shares * known.weights).to(value)
     all_of_it, loss, size = torch._foreach_norm(
         [factors, factors * problem.first.losses.losses, terms], 1
     )

@@ -130,8 +130,9 @@ def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
     state: Mapping[str, Any] = optimizer.state.get(kind.columns[1][0], {})
     number = None if "step" in kind.numbers else float(state.get("step", 0)) + 1
     lr, decay = group["lr"], group.get("weight_decay", 0)
-    if isinstance(lr, Tensor) and not is_elsewhere(lr):
-        lr = lr.item()  # which no device is waited for, and may be of another than the entries
+    left = 1 - lr * decay  # of a tensor in its precision, as the class has it
+    if isinstance(lr, Tensor) and not is_elsewhere(lr):  # it may be of another device than entries
+        lr, left = lr.item(), left.item()
     decoupled = type(optimizer) is optim.AdamW or group.get("decoupled_weight_decay", False)
 
     @torch.no_grad()
@@ -140,7 +141,7 @@ def _program(optimizer: optim.Optimizer, kind: Kind) -> Program:
         d = -g if group.get("maximize") else g
         if decay and not decoupled:
             d = d.add(p, alpha=decay)
-        start = p * (1 - lr * decay) if decoupled and decay else p
+        start = p * left if decoupled and decay else p
         count = _counted(of_each, p.dtype) if number is None else lambda of: of(number)
         step, slope = rule(group, dict(zip(kind.names, moments, strict=True)), count, d)
         if isinstance(lr, Tensor):

@@ -11,12 +11,10 @@ from torch.nn.utils import parametrize
 
 from reweight._checks import check_function, noted
 from reweight._kernels.function import logits_kept
-from reweight._passes.counts import Count
 from reweight._passes.eager import as_written
 from reweight._passes.functional import run_with
 from reweight._passes.snapshots import Beginning, clones
 from reweight._ranks.shards import placed
-from reweight._structure import structure_of
 from reweight.batches import Batch, copied, describe, tensors_of
 from reweight.losses import ExitLosses, exit_cross_entropy
 
@@ -123,12 +121,7 @@ class ExitForward:
                 "`parametrize.cached()` must not be around a step: it would keep the parameters of "
                 "one pass for the next."
             )
-        # Compiled code wants plain tensors.
-        counts = structure_of(self._inner).counts if self.compiled is None else ()
-        copies = {
-            **clones({n: buffer for n, buffer in buffers.items() if n not in counts}),
-            **{n: Count.of(buffer) for n, buffer in buffers.items() if n in counts},
-        }
+        copies = clones(buffers)
         own = {id(module.weight) for module in self._renormed}
         names = [name for name, p in self._inner.named_parameters() if id(p) in own] if own else ()
         parameters = {n: p.clone() if n in names else p for n, p in parameters.items()}

@@ -109,8 +109,7 @@ _UNKNOWN: Any = (_nothing, 0, 0)
 class Trace:
     """Finds a tensor again, as long as something else keeps it alive and as it was.
 
-    A view is found through its base, which a graph that holds any view of it keeps alive. What a
-    function keeps of its own result is another tensor, and found through the graph.
+    A view is found through its base, which a graph that holds any view of it keeps alive.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -120,32 +119,16 @@ class Trace:
             self._place = tensor.size(), tensor.stride(), tensor.storage_offset()
         self._base, self._version = weakref.ref(tensor if base is None else base), tensor._version
         self._dtype = tensor.dtype
-        node: Any = tensor.grad_fn
-        keeps = hasattr(type(node), "_saved_result") and _saved_tensors_hooks(True) is None
-        self._node = node if keeps else None
 
     def __call__(self) -> Tensor | None:
         """An alias of it, or None."""
         base = self._base()
-        if base is None and self._node is not None:
-            try:
-                kept: Tensor = self._node._saved_result
-            except RuntimeError:  # it was changed in place, or the graph has been used up
-                return None
-            return kept.detach()
         if base is None or base._version != self._version or base.dtype != self._dtype:
             return None
         if base.untyped_storage().size() == 0:  # a parameter that was gathered, and let go of
             return None
         value = base.detach()
         return value if self._place is None else value.as_strided(*self._place)
-
-
-# Through which nothing is to be asked for: those of checkpointing run the model again. PyTorch
-# tells of them from 2.8 on.
-_saved_tensors_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
-)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from torch import Tensor
 
 from reweight._passes.memory import Tokens, Trace, is_plain, memory_of
 
@@ -78,31 +77,6 @@ def test_a_trace_keeps_nothing_alive() -> None:
     assert trace() is None
     trace = Trace(x.clone())
     assert trace() is None
-
-
-@pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
-    reason="PyTorch tells of hooks of saved tensors from 2.8 on",
-)
-def test_what_a_function_keeps_of_its_result_is_found_through_the_graph() -> None:
-    x = torch.randn(5, requires_grad=True)
-    y = x.tanh()
-    trace, value, loss = Trace(y), y.detach().clone(), y.sum()
-    del y
-    assert torch.equal(trace(), value)
-    assert not trace().requires_grad
-    loss.backward()
-    assert trace() is None, "used up"
-    y = x.tanh()
-    trace, loss = Trace(y), y.sum()
-    y.detach().add_(1)
-    del y
-    assert trace() is None, "changed"
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda t: t):
-        y = x.tanh()
-        trace, loss = Trace(y), y.sum()
-    del y
-    assert trace() is None, "what hooks make of it is theirs"
 
 
 def test_what_is_plain() -> None:
