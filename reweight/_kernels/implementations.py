@@ -104,7 +104,8 @@ def kernel_tangent(
             logits, target, ignore_index, label_smoothing, peak, scale, moved
         )
     _, table, options = prepare(logits, moved := [dz.contiguous() for dz in moved])
-    options["num_warps"] *= 2  # which hold two matrices
+    # Half as many entries for each thread, for there are two matrices to hold.
+    options |= {"BLOCK": min(options["BLOCK"], 4096), "num_warps": 8}
     given = peak, scale, products = peak, scale, torch.empty_like(peak)
     _launch("tangent", table, target, given, ignore_index, label_smoothing, options)
     return products
