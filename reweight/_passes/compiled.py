@@ -123,11 +123,14 @@ class _Traced(TangentsWithGradients):
         if func is Tensor.unflatten:  # of which it does not know what is called in there
             func = torch.unflatten
         result = super().__torch_function__(func, classes, args, kwargs)
-        if func is F.batch_norm:  # whose tangent it takes for float32 if the weight is
+        if func in _NORMS:  # whose tangent it takes for float32 if the weight is, or is not
             value, tangent = forward_ad.unpack_dual(result)
             if tangent is not None and tangent.dtype != value.dtype:
                 result = forward_ad.make_dual(value, tangent.to(value.dtype))
         return result
+
+
+_NORMS = (F.batch_norm, F.layer_norm, F.group_norm)
 
 
 def _forward(model: nn.Module, inputs: Any) -> tuple[Any, bool]:

@@ -129,12 +129,13 @@ def test_each_pass_is_one_graph_with_the_same_result(name: str, through: str, ca
 
 
 class Normalised(nn.Module):
-    """BatchNorm between convolutions, and a tensor that is unflattened."""
+    """BatchNorm between convolutions, LayerNorm, and a tensor that is unflattened."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.second, self.head = nn.Conv2d(4, 4, 3), nn.Linear(8, 4)
+        self.second = nn.Conv2d(4, 4, 3)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(self.norm(self.first(x)).relu()).mean((2, 3))
@@ -144,7 +145,7 @@ class Normalised(nn.Module):
 @needs_it
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_the_compiler_stumbles_over_in_forward_mode_is_compiled(autocast, caplog) -> None:
-    """Under autocast a BatchNorm with weights in float32; and `Tensor.unflatten`."""
+    """Under autocast norms with weights in float32; and `Tensor.unflatten`."""
     generator = torch.Generator().manual_seed(0)
     train, meta = (
         (torch.randn(8, 1, 5, 5, generator=generator), torch.randint(4, (8,), generator=generator))
