@@ -182,6 +182,27 @@ def test_what_comes_back_has_no_graph(estimator: str) -> None:
         assert not any(each.requires_grad for each in found if isinstance(each, Tensor))
 
 
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_in_low_precision_are_checked_in_a_higher_one(dtype, model_dtype) -> None:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="none").unsqueeze(1).to(dtype)
+
+    torch.manual_seed(0)
+    model = Net().to(model_dtype)
+    step = MetaReweightStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        SampleReweighter(1, form="sigmoid").to(dtype),
+        objective=MeanObjective(),
+        loss=loss,
+    )
+    for _ in range(2):  # the second reads what the first came to
+        result = step.backward(batch(1, model_dtype), batch(2, model_dtype))
+        assert result.backward_difference.dtype == torch.float32
+        assert result.backward_difference < torch.finfo(dtype).eps ** (1 / 3)
+
+
 def test_learning_from_some_rows_is_checked_now_and_then(monkeypatch) -> None:
     step = make(train_fraction=0.5)
     told = [step.backward(batch(1), batch(2)).backward_difference for _ in range(65)]

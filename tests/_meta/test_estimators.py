@@ -1,5 +1,6 @@
 """The hypergradient against double backward and against differences of the whole meta objective."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -193,3 +194,30 @@ def test_gradient_descent_stands_in_for_an_unknown_optimizer() -> None:
         pseudo_update="gradient_descent",
     )
     torch.testing.assert_close(known, unknown, rtol=1e-12, atol=0)
+
+
+class Counting(torch.nn.Module):
+    """Takes the number of batches for a number, of which PyTorch tells nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.first(x))
+        return torch.add(y, y.square(), alpha=self.norm.num_batches_tracked)
+
+
+def test_counters_in_the_passes_are_those_of_the_forward() -> None:
+    torch.manual_seed(0)
+    model = Counting().double()
+    train, meta = ((torch.randn(6, 5).double(), torch.randint(4, (6,))) for _ in range(2))
+    found = []
+    for estimator in ("forward", "unrolled"):
+        twin, g = copy.deepcopy(model), SampleReweighter(1, form="sigmoid").double()
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+        step = MetaReweightStep(twin, optimizer, g, estimator=estimator)
+        step(train, meta)
+        found.append(step.backward(train, meta).hypergradient)
+        assert twin.norm.num_batches_tracked == 2
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ from torch import Tensor, optim
 
 from ages import OfAges, Operations
 from reweight._optimizers import entries
-from reweight._optimizers.rules import RULES
+from reweight._optimizers.rules import RULES, by_rule
 
 OPTIONS = {
     optim.SGD: [{"lr": 1.0}, {"lr": 1.0, "momentum": 0.9, "dampening": 0.2}],
@@ -134,3 +134,17 @@ def test_a_root_at_zero_has_no_slope() -> None:
     step, slope = RULES[optim.Adam](group, {}, lambda of: of(1), d)
     assert torch.equal(step, d)
     assert not slope.isfinite().any()
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_a_rate_in_single_precision_rounds_the_decay_as_the_class_does(decay: float) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(9, dtype=torch.float64)
+    p = torch.nn.Parameter(start.clone())
+    optimizer = optim.AdamW([p], lr=torch.tensor(0.05), weight_decay=decay)
+    g = torch.randn_like(start)
+    step = by_rule(optimizer, {id(p): g})
+    p.grad = g
+    optimizer.step()
+    # Of 1 − α·decay, rounded to float32, an error of 6e-8 would be left.
+    torch.testing.assert_close(step.values[id(p)], p.detach(), rtol=2e-9, atol=2e-9)
