@@ -210,11 +210,11 @@ class Counting(torch.nn.Module):
 
 def test_counters_in_the_passes_are_those_of_the_forward() -> None:
     torch.manual_seed(0)
-    model = Counting().double()
+    model, reweighter = Counting().double(), SampleReweighter(1, form="sigmoid").double()
     train, meta = ((torch.randn(6, 5).double(), torch.randint(4, (6,))) for _ in range(2))
     found = []
     for estimator in ("forward", "unrolled"):
-        twin, g = copy.deepcopy(model), SampleReweighter(1, form="sigmoid").double()
+        twin, g = copy.deepcopy((model, reweighter))
         optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
         step = MetaReweightStep(twin, optimizer, g, estimator=estimator)
         step(train, meta)

@@ -141,7 +141,7 @@ def test_a_rate_in_single_precision_rounds_the_decay_as_the_class_does(decay: fl
     torch.manual_seed(0)
     start = torch.randn(9, dtype=torch.float64)
     p = torch.nn.Parameter(start.clone())
-    optimizer = optim.AdamW([p], lr=torch.tensor(0.05), weight_decay=decay)
+    optimizer = optim.AdamW([p], lr=torch.tensor(0.05, dtype=torch.float32), weight_decay=decay)
     g = torch.randn_like(start)
     step = by_rule(optimizer, {id(p): g})
     p.grad = g
