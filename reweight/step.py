@@ -36,9 +36,9 @@ class MetaReweightStep:
     """Takes the place of ``loss.backward()``: learns the weights, then adds the weighted gradient.
 
     The reweighter is trained by differentiating the loss on the meta batch, after the optimizer's
-    next step, by the weights of that step. All else stays with the caller: ``optimizer.step()``,
-    clipping, accumulation, schedulers. The extra passes use batch statistics, leave the buffers
-    alone and replay the random state: with weights of 1 training is bitwise as without.
+    next step, by the weights of that step. All else stays with the caller: clipping, schedulers.
+    The extra passes use batch statistics, leave buffers alone and replay the random state: with
+    weights of 1 training is bitwise as without (on a GPU but for dropout inside attention).
 
     Args:
         model: returns the logits of K exits, in a form of :func:`exit_cross_entropy`. In

@@ -89,15 +89,25 @@ def cost(
     return {**row, "rounds": num_rounds, **reasons}
 
 
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.messages.append(record.getMessage())
+
+
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """What the library warns of, each once: that it runs uncompiled, for one."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    handler = Messages()
     logging.getLogger("reweight").addHandler(handler)
     try:
-        yield messages
+        yield handler.messages
     finally:
         logging.getLogger("reweight").removeHandler(handler)
 
@@ -129,7 +139,7 @@ def step_of(
     optimizer = OPTIMIZERS[optimizer_name](model)
     g_optimizer = Adam(g.parameters(), lr=1e-4)
     if compiled:
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)  # type: ignore[assignment] # it is typed as a function
     step = CONTESTANTS[contestant](model, optimizer, g, g_optimizer)
 
     def run() -> None:
